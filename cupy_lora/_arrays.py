@@ -1,0 +1,289 @@
+"""Arrays in: CuPy, torch, JAX, NumPy and whatever speaks DLPack, without a copy and without importing any of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from . import _jit
+
+CPU: Final = -1
+BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
+FLOAT16: Final = np.dtype(np.float16)
+FLOAT32: Final = np.dtype(np.float32)
+INT32: Final = np.dtype(np.int32)
+INT64: Final = np.dtype(np.int64)
+HALVES: Final = (FLOAT16, BFLOAT16)
+FLOATS: Final = (FLOAT16, BFLOAT16, FLOAT32)
+INDICES: Final = (INT32, INT64)
+
+
+class Array:
+    """A view of the caller's array: where it is and what it looks like. Holds no memory of its own but keeps it alive.
+
+    Attributes
+    ----------
+    ptr : int
+        Address of the first element.
+    shape : tuple of int
+    strides : tuple of int
+        In elements, not bytes.
+    dtype : numpy.dtype
+    device : int
+        CUDA device number, or -1 for host memory.
+    obj : object
+        The CuPy or NumPy array behind it, or the torch tensor.
+    """
+
+    __slots__ = ("device", "dtype", "obj", "ptr", "shape", "strides")
+
+    def __init__(
+        self, ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], device: int, obj: Any
+    ) -> None:
+        self.ptr = ptr
+        self.shape = shape
+        self.strides = strides
+        self.dtype = dtype
+        self.device = device
+        self.obj = obj
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """C-contiguous; axes of extent 1 do not count, an empty array is contiguous."""
+        expected = 1
+        for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if extent == 0:
+                return True
+            if extent != 1 and stride != expected:
+                return False
+            expected *= extent
+        return True
+
+    def aligned(self, nbytes: int) -> bool:
+        """Whether the first element's address is a multiple of ``nbytes``."""
+        return self.ptr % nbytes == 0
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First byte and one past the last byte that the array can touch."""
+        low = high = 0
+        for extent, stride in zip(self.shape, self.strides, strict=True):
+            if extent == 0:
+                return self.ptr, self.ptr
+            reach = (extent - 1) * stride
+            low, high = low + min(reach, 0), high + max(reach, 0)
+        item = self.dtype.itemsize
+        return self.ptr + low * item, self.ptr + (high + 1) * item
+
+    def numpy(self) -> np.ndarray:
+        """The array as NumPy sees it; host arrays only."""
+        if not isinstance(self.obj, np.ndarray):
+            raise TypeError(f"cupy_lora: expected an array in host memory, got {type(self.obj).__name__}")
+        return self.obj
+
+
+_TORCH_DTYPES: dict[Any, np.dtype[Any]] = {}
+
+
+def _torch_dtypes(torch: Any) -> dict[Any, np.dtype[Any]]:
+    if not _TORCH_DTYPES:
+        _TORCH_DTYPES.update(
+            {
+                torch.float16: FLOAT16,
+                torch.bfloat16: BFLOAT16,
+                torch.float32: FLOAT32,
+                torch.float64: np.dtype(np.float64),
+                torch.int64: INT64,
+                torch.int32: INT32,
+                torch.int16: np.dtype(np.int16),
+                torch.int8: np.dtype(np.int8),
+                torch.uint8: np.dtype(np.uint8),
+                torch.bool: np.dtype(np.bool_),
+            }
+        )
+    return _TORCH_DTYPES
+
+
+def view(name: str, obj: Any) -> Array:
+    """The caller's array as an :class:`Array`, without a copy.
+
+    Raises
+    ------
+    TypeError
+        If ``obj`` is not an array, or has a dtype that no kernel takes.
+    """
+    if isinstance(obj, Array):
+        return obj
+    if isinstance(obj, np.ndarray):
+        return _from_numpy(obj)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(obj, torch.Tensor):
+        return _from_torch(name, obj, torch)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(obj, cupy.ndarray):
+        return _from_cupy(obj)
+    return _from_protocol(name, obj)
+
+
+def _from_numpy(obj: np.ndarray) -> Array:
+    item = obj.itemsize
+    strides = obj.strides if item == 1 else tuple(stride // item for stride in obj.strides)
+    return Array(obj.__array_interface__["data"][0], obj.shape, strides, obj.dtype, CPU, obj)
+
+
+def _from_cupy(obj: Any) -> Array:
+    item = obj.itemsize
+    strides = tuple(stride // item for stride in obj.strides)
+    return Array(obj.data.ptr, obj.shape, strides, obj.dtype, obj.data.device_id, obj)
+
+
+def _from_torch(name: str, obj: Any, torch: Any) -> Array:
+    dtype = _torch_dtypes(torch).get(obj.dtype)
+    if dtype is None:
+        raise TypeError(f"{name}: expected a tensor of a float or integer dtype, got {obj.dtype}")
+    kind = obj.device.type
+    if kind == "cuda":
+        return Array(obj.data_ptr(), tuple(obj.shape), obj.stride(), dtype, obj.device.index, obj)
+    if kind != "cpu":
+        raise TypeError(f"{name}: expected a tensor on a CUDA device or in host memory, got one on {obj.device}")
+    # torch has no bfloat16 bridge to NumPy; its int16 view has one, and shares the memory.
+    plain = obj.detach()
+    host = plain.view(torch.int16).numpy().view(BFLOAT16) if dtype == BFLOAT16 else plain.numpy()
+    return _from_numpy(host)
+
+
+def _from_protocol(name: str, obj: Any) -> Array:
+    on_gpu = hasattr(obj, "__cuda_array_interface__")
+    if not on_gpu and hasattr(obj, "__dlpack_device__"):
+        on_gpu = int(obj.__dlpack_device__()[0]) in (2, 13)  # kDLCUDA, kDLCUDAManaged
+    if on_gpu:
+        cupy = _jit._cupy()
+        if hasattr(obj, "__dlpack__"):
+            return _from_cupy(cupy.from_dlpack(obj))
+        return _from_cupy(cupy.asarray(obj))
+    if hasattr(obj, "__array__") or hasattr(obj, "__array_interface__"):
+        return _from_numpy(np.asarray(obj))
+    if hasattr(obj, "__dlpack__"):
+        return _from_numpy(np.from_dlpack(obj))
+    raise TypeError(
+        f"{name}: expected an array (CuPy, torch, JAX, NumPy, DLPack or __cuda_array_interface__), "
+        f"got {type(obj).__name__}"
+    )
+
+
+def same_device(**arrays: Array | None) -> int:
+    """The one device that all arrays are on (-1: the host).
+
+    Raises
+    ------
+    ValueError
+        If they are on different devices, or some on the host and some on a GPU.
+    """
+    first_name, device = "", None
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if device is None:
+            first_name, device = name, array.device
+        elif array.device != device:
+            raise ValueError(
+                f"{name}: expected an array on the same device as {first_name} ({_device_name(device)}), "
+                f"got one on {_device_name(array.device)}"
+            )
+    if device is None:
+        raise ValueError("expected at least one array, got none")
+    return device
+
+
+def _device_name(device: int) -> str:
+    return "the host" if device == CPU else f"GPU {device}"
+
+
+def check_dtype(name: str, array: Array, allowed: Sequence[np.dtype[Any]]) -> None:
+    """TypeError unless the array's dtype is one of ``allowed``."""
+    if array.dtype not in allowed:
+        raise TypeError(f"{name}: expected dtype {' or '.join(d.name for d in allowed)}, got {array.dtype.name}")
+
+
+def check_shape(name: str, array: Array, expected: tuple[int | str, ...]) -> None:
+    """ValueError unless the shape matches; a str in ``expected`` names an axis of any extent."""
+    fits = array.ndim == len(expected) and all(
+        isinstance(want, str) or want == got for want, got in zip(expected, array.shape, strict=False)
+    )
+    if not fits:
+        text = ", ".join(str(want) for want in expected)
+        raise ValueError(f"{name}: expected shape ({text}), got {array.shape}")
+
+
+def check_contiguous(name: str, array: Array) -> None:
+    """ValueError unless the array is C-contiguous."""
+    if not array.contiguous:
+        raise ValueError(
+            f"{name}: expected a C-contiguous array, got shape {array.shape} with strides {array.strides} (elements)"
+        )
+
+
+def check_no_overlap(out_name: str, out: Array, **inputs: Array | None) -> None:
+    """ValueError if the output's memory overlaps that of an input."""
+    low, high = out.span
+    for name, array in inputs.items():
+        if array is None:
+            continue
+        start, stop = array.span
+        if start < high and low < stop and array.size and out.size:
+            raise ValueError(f"{out_name}: expected memory of its own, got memory that overlaps {name}")
+
+
+def stream_for(device: int, *objs: Any) -> Any:
+    """The caller's stream: torch's current one where a torch tensor was passed, else CuPy's; None on the host."""
+    if device == CPU:
+        return None
+    torch = sys.modules.get("torch")
+    if torch is not None and any(isinstance(obj, torch.Tensor) for obj in objs):
+        return _torch_stream(torch, device)
+    return _jit._cupy().cuda.get_current_stream(device)
+
+
+_TORCH_STREAMS: dict[tuple[int, int], Any] = {}
+
+
+def _torch_stream(torch: Any, device: int) -> Any:
+    # torch.cuda.current_stream() builds an object each call (about 2 us); the raw handle does not.
+    handle = torch._C._cuda_getCurrentRawStream(device)
+    stream = _TORCH_STREAMS.get((device, handle))
+    if stream is None:
+        cupy = _jit._cupy()
+        if handle == 0:
+            stream = cupy.cuda.Stream.null
+        else:
+            stream = cupy.cuda.ExternalStream(handle, device)
+        _TORCH_STREAMS[device, handle] = stream
+    return stream
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
+    """A new uninitialised array: NumPy on the host, CuPy on a GPU."""
+    if device == CPU:
+        return np.empty(shape, dtype)
+    cupy = _jit._cupy()
+    with cupy.cuda.Device(device):
+        return cupy.empty(shape, dtype)

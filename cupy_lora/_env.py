@@ -1,0 +1,26 @@
+"""Every environment switch of the library, in one table. Read at each use, so tests may set them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One environment variable: its name and what setting it does."""
+
+    name: str
+    effect: str
+
+    @property
+    def on(self) -> bool:
+        """True for any value but the empty string, ``0``, ``false``, ``no`` and ``off``."""
+        return os.environ.get(self.name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+DEBUG = Switch("CUPY_LORA_DEBUG", "check indices, pointers and sizes held in device memory; names the bad row; synchronises")
+DISABLE_SGMV = Switch("DISABLE_SGMV", "has_sgmv() is False: a loop of matrix products serves every LoRA call")
+REQUIRE_GPU = Switch("CUPY_LORA_REQUIRE_GPU", "in the tests: fail instead of skipping where there is no usable GPU")
+
+SWITCHES = (DEBUG, DISABLE_SGMV, REQUIRE_GPU)

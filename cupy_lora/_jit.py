@@ -1,0 +1,188 @@
+"""Compile and launch: a plan (:class:`Launch`) is data, made without a GPU; this module runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _paths
+
+if TYPE_CHECKING:
+    from ._arrays import Array
+
+OLDEST_ARCH = 80
+_PORTABLE_CLUSTER = 8  # larger clusters need an opt-in attribute on the function
+_ATTR_NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+_DEFAULT_SHARED = 48 * 1024  # dynamic shared memory above this is an opt-in of the function
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One specialisation: what is compiled, and what never changes between its launches.
+
+    Attributes
+    ----------
+    source : str
+        Stem of the file in cuda_src (``"rms_norm"`` is ``cuda_src/rms_norm.cu``).
+    symbol : str
+        Name of the ``extern "C"`` kernel in it.
+    defines : tuple of (str, int or str)
+        Macros, passed as ``-DNAME=VALUE``: the compile-time configuration.
+    block : int
+        Threads per block (one-dimensional).
+    shared : int
+        Bytes of dynamic shared memory per block.
+    cluster : int
+        Blocks per thread-block cluster along x; 1 = none. The source declares it
+        with ``CUPY_LORA_CLUSTER``; the grid's x must be a multiple of it.
+    """
+
+    source: str
+    symbol: str
+    defines: tuple[tuple[str, int | str], ...]
+    block: int
+    shared: int = 0
+    cluster: int = 1
+    functions: dict[int, Any] = field(default_factory=dict, compare=False, hash=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid, and its arguments in the order of the kernel's parameters.
+
+    ``args`` holds :class:`~cupy_lora._arrays.Array` (passed as a pointer), None (a null
+    pointer), NumPy scalars of exactly the parameter's type, and one-element structured
+    NumPy arrays (a struct passed by value).
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    args: tuple[Array | np.generic | np.ndarray | None, ...]
+
+
+def compile_options(arch: int, defines: tuple[tuple[str, int | str], ...]) -> tuple[str, ...]:
+    """NVRTC options for compute capability ``arch`` (90 = 9.0); the architecture itself excepted.
+
+    CuPy adds ``-ftz=true`` and the architecture; a compile without CuPy must add both.
+    """
+    del arch  # one set of options serves every architecture so far
+    return (
+        "--std=c++17",
+        f"-I{_paths.cuda_src()}",
+        *(f"-D{name}={value}" for name, value in defines),
+    )
+
+
+def source_text(kernel: Kernel) -> str:
+    """The translation unit: the file, with the digest of all sources in it for the disk cache."""
+    return f'// {_paths.source_digest()}\n#include "{kernel.source}.cu"\n'
+
+
+_host_runner: Callable[[Launch], None] | None = None
+_compile_lock = threading.Lock()
+_modules: dict[tuple[int, str, tuple[tuple[str, int | str], ...]], Any] = {}
+
+
+@contextlib.contextmanager
+def host_runner(run: Callable[[Launch], None]) -> Iterator[None]:
+    """Within this context, launches over host arrays go to ``run`` instead of the NumPy reference."""
+    global _host_runner
+    before, _host_runner = _host_runner, run
+    try:
+        yield
+    finally:
+        _host_runner = before
+
+
+def has_host_runner() -> bool:
+    """Whether a CPU runner of the CUDA sources is active (see :func:`host_runner`)."""
+    return _host_runner is not None
+
+
+def run(launch: Launch, device: int, stream: Any = None) -> None:
+    """Run a plan: on the CPU runner for host arrays (device -1), else on ``stream`` of that GPU."""
+    if device < 0:
+        if _host_runner is None:
+            raise RuntimeError("cupy_lora: a kernel was launched over host arrays with no CPU runner active")
+        _host_runner(launch)
+        return
+    if 0 in launch.grid:
+        return
+    kernel = launch.kernel
+    function = kernel.functions.get(device)
+    if function is None:
+        function = _function(kernel, device)
+    args = [arg.ptr if hasattr(arg, "ptr") else (0 if arg is None else arg) for arg in launch.args]
+    cupy = _cupy()
+    if cupy.cuda.runtime.getDevice() == device:
+        function(launch.grid, (kernel.block, 1, 1), args, shared_mem=kernel.shared, stream=stream)
+    else:
+        with cupy.cuda.Device(device):
+            function(launch.grid, (kernel.block, 1, 1), args, shared_mem=kernel.shared, stream=stream)
+
+
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(
+            "cupy_lora: CuPy is needed to run on a GPU: expected the package cupy (pip install 'cupy-lora[cuda13]' "
+            f"or 'cupy-lora[cuda12]'), got ImportError: {error}"
+        ) from error
+    return cupy
+
+
+@functools.cache
+def device_arch(device: int) -> int:
+    """Compute capability of a GPU as an int (90 = 9.0); an error where it is too old for this library."""
+    arch = int(_cupy().cuda.Device(device).compute_capability)
+    if arch < OLDEST_ARCH:
+        raise RuntimeError(
+            f"cupy_lora: GPU {device} is too old: expected compute capability {OLDEST_ARCH / 10:.1f} or newer, "
+            f"got {arch / 10:.1f}"
+        )
+    return arch
+
+
+@functools.cache
+def sm_count(device: int) -> int:
+    """Number of multiprocessors of a GPU."""
+    return int(_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+def _function(kernel: Kernel, device: int) -> Any:
+    cupy = _cupy()
+    arch = device_arch(device)
+    with _compile_lock, cupy.cuda.Device(device):
+        if device in kernel.functions:
+            return kernel.functions[device]
+        key = (device, kernel.source, kernel.defines)
+        module = _modules.get(key)
+        if module is None:
+            module = cupy.RawModule(
+                code=source_text(kernel), options=compile_options(arch, kernel.defines), backend="nvrtc"
+            )
+            try:
+                module.compile()
+            except cupy.cuda.compiler.CompileException as error:
+                raise RuntimeError(
+                    f"cupy_lora: {kernel.source}.cu did not compile for sm_{arch} with "
+                    f"{dict(kernel.defines)}; the compiler said:\n{error}"
+                ) from error
+            _modules[key] = module
+        raw = module.get_function(kernel.symbol)
+        if kernel.shared > _DEFAULT_SHARED:
+            raw.max_dynamic_shared_size_bytes = kernel.shared
+        function = raw.kernel
+        if kernel.cluster > _PORTABLE_CLUSTER:
+            from cupy_backends.cuda.api import driver
+
+            driver.funcSetAttribute(function.ptr, _ATTR_NON_PORTABLE_CLUSTER, 1)
+        kernel.functions[device] = function
+        return function
