@@ -19,7 +19,9 @@ class Switch:
         return os.environ.get(self.name, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
-DEBUG = Switch("CUPY_LORA_DEBUG", "check indices, pointers and sizes held in device memory; names the bad row; synchronises")
+DEBUG = Switch(
+    "CUPY_LORA_DEBUG", "check indices, pointers and sizes held in device memory; names the bad row; synchronises"
+)
 DISABLE_SGMV = Switch("DISABLE_SGMV", "has_sgmv() is False: a loop of matrix products serves every LoRA call")
 REQUIRE_GPU = Switch("CUPY_LORA_REQUIRE_GPU", "in the tests: fail instead of skipping where there is no usable GPU")
 

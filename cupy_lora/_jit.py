@@ -118,7 +118,7 @@ def run(launch: Launch, device: int, stream: Any = None) -> None:
     function = kernel.functions.get(device)
     if function is None:
         function = _function(kernel, device)
-    args = [arg.ptr if hasattr(arg, "ptr") else (0 if arg is None else arg) for arg in launch.args]
+    args = [0 if arg is None else arg.ptr if hasattr(arg, "ptr") else arg for arg in launch.args]
     cupy = _cupy()
     if cupy.cuda.runtime.getDevice() == device:
         function(launch.grid, (kernel.block, 1, 1), args, shared_mem=kernel.shared, stream=stream)

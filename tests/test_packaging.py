@@ -1,0 +1,108 @@
+"""The wheel: built from the sdist, installed in an empty environment, it carries the CUDA sources and compiles them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("packaging")  # one process builds and installs once for all
+
+# Runs in the environment of the wheel. The last line it prints is for the test.
+CHECK = """
+import json, sys
+import cupy_lora
+from cupy_lora import _paths
+before = sorted(name for name in ("cupy", "torch", "jax") if name in sys.modules)
+sys.path.append(sys.argv[1])
+import kernel_list, nvrtc
+compiled = {}
+for name, kernel in kernel_list.one_per_source(90):
+    compiled[kernel.source] = nvrtc.compile_kernel(kernel, 90, cache=False).registers
+print(json.dumps({"file": cupy_lora.__file__, "cuda_src": str(_paths.cuda_src()), "imported": before,
+                  "compiled": compiled}))
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", folder, cwd=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder, cwd=source)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(wheel, tmp_path_factory) -> dict:
+    """What a Python with the wheel and without the checkout says."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "env", symlinks=True)
+    python = folder / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    # NumPy, ml_dtypes, CuPy and NVRTC come from the environment of the tests, behind the wheel; its own .pth files,
+    # through which the checkout would be found, are not followed from there.
+    (site,) = (folder / "env").glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    out = run(python, "-I", "-c", CHECK, ROOT / "tests", cwd=folder)
+    return {**json.loads(out.splitlines()[-1]), "site": str(site)}
+
+
+def sources() -> set[str]:
+    return {path.name for path in (ROOT / "cuda_src").iterdir() if path.is_file()}
+
+
+def test_sdist_holds_what_the_tests_and_the_build_need(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"cuda_src/{name}" for name in sources()} <= names
+    assert {"pyproject.toml", "Makefile", "LICENSE", "README.md", "cupy_lora/py.typed", "tests/nvrtc.py"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
+
+
+def test_wheel_holds_the_package_and_its_sources_only(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {f"cupy_lora/cuda_src/{name}" for name in sources()} <= names
+    assert {"cupy_lora/__init__.py", "cupy_lora/py.typed"} <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"cupy_lora"}
+    assert not [name for name in names if "__pycache__" in name]
+
+
+def test_installed_package_is_the_wheel(report):
+    assert report["file"] == f"{report['site']}/cupy_lora/__init__.py"
+    assert report["cuda_src"] == f"{report['site']}/cupy_lora/cuda_src"
+
+
+def test_import_needs_no_array_library(report):
+    assert report["imported"] == []
+
+
+def test_installed_sources_compile(report):
+    expected = {path.stem for path in (ROOT / "cuda_src").glob("*.cu")}
+    assert set(report["compiled"]) == expected
+    assert all(registers > 0 for registers in report["compiled"].values())
