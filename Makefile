@@ -33,7 +33,7 @@ demo: $(BASE) ## answer 16 requests with 5 LoRA adapters in one batch, each chec
 
 test: $(BASE) ## run every test that this machine can run
 	@command -v g++ >/dev/null || { echo "make test: expected g++ (it compiles the CUDA sources for the CPU)"; exit 1; }
-	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 gpu-test: $(BASE) ## run the GPU tests; a missing GPU is a failure
 	CUPY_LORA_REQUIRE_GPU=1 $(PY) -m pytest -n 0 -m gpu $(ARGS)

@@ -1,0 +1,59 @@
+"""Every specialisation compiles for every supported architecture, without spills and within the launch's limits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import kernel_list
+import nvrtc
+import pytest
+
+from cupy_lora import _jit, _paths
+
+REGISTERS_PER_SM = 65536
+SHARED_PER_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB, the opt-in limit of the architecture
+
+CASES = [
+    pytest.param(arch, kernel, id=f"sm{arch}-{name}")
+    for arch in kernel_list.ARCHS
+    for name, kernel in kernel_list.kernels(arch)
+]
+
+
+@pytest.mark.parametrize(("arch", "kernel"), CASES)
+def test_specialisation_compiles_and_fits(arch: int, kernel: _jit.Kernel):
+    used = nvrtc.compile_kernel(kernel, arch)
+    assert used.local_bytes == 0, f"expected no local memory, got {used}"
+    assert used.static_shared_bytes <= 1024, f"expected dynamic shared memory only, got {used}"
+    # The register file is handed out by warp in blocks of 256 registers.
+    warps = -(-kernel.block // 32)
+    allocated = warps * (-(-used.registers * 32 // 256) * 256)
+    assert 1 <= used.registers <= 255
+    assert allocated <= REGISTERS_PER_SM, f"one block needs {allocated} registers; an SM has {REGISTERS_PER_SM}"
+    assert used.warnings == ""
+
+
+@pytest.mark.parametrize(("arch", "kernel"), CASES)
+def test_launch_limits(arch: int, kernel: _jit.Kernel):
+    assert 32 <= kernel.block <= 1024
+    assert kernel.shared <= SHARED_PER_BLOCK[arch] * 1024
+    assert kernel.cluster in (1, 2, 4, 8, 16)
+    assert kernel.cluster == 1 or arch >= 90, "thread-block clusters start with compute capability 9.0"
+
+
+def entry_points(source: Path) -> set[str]:
+    text = re.sub(r"//[^\n]*", "", source.read_text())
+    found = set()
+    for declaration in re.findall(r'extern "C" __global__([^{;]*)', text):
+        called = re.findall(r"(\w+)\s*\(", declaration)
+        found.add(next(name for name in called if not name.startswith("__") and not name.isupper()))
+    return found
+
+
+@pytest.mark.parametrize("source", sorted(_paths.cuda_src().glob("*.cu")), ids=lambda path: path.stem)
+def test_every_entry_point_is_compiled(source: Path):
+    compiled = {kernel.symbol for arch in kernel_list.ARCHS for _, kernel in kernel_list.kernels(arch)}
+    missing = entry_points(source) - compiled
+    assert entry_points(source), f"{source.name}: expected a kernel, found none"
+    assert not missing, f"{source.name}: kernels that tests/kernel_list.py does not reach: {sorted(missing)}"
