@@ -1,0 +1,357 @@
+// RMS norm, and the same with the residual addition before it.
+//
+//   rms_norm:            out[r, c] = input[r, c] / sqrt(mean_c(input[r, c]^2) + epsilon) * weight[c]
+//   fused_add_rms_norm:  residual[r, c] = round(residual[r, c] + input[r, c]), then
+//                        input[r, c] = residual[r, c] / sqrt(mean_c(residual[r, c]^2) + epsilon) * weight[c]
+//
+// input, residual, out (rows, COLUMNS) of ELEMENT, last axis contiguous; weight (COLUMNS) of WEIGHT.
+// float32 inside, one rounding. A row is read once: it stays in registers (VECS vectors a thread),
+// what does not fit there in shared memory (SHARED_VECS), and only what fits in neither is read
+// again (REREAD_VECS; from L2 as a rule).
+//
+// Threads: THREADS a row. THREADS > 32: a block is one row at a time; THREADS <= 32: a block is
+// BLOCK / THREADS rows. Blocks walk over the rows with the grid's stride, and load the next row
+// before they reduce the one at hand (PREFETCH).
+//
+// A row is cut into vectors of 16 bytes. Vector v belongs to thread v % THREADS, whatever the width
+// of the accesses (ACCESS bytes, less than 16 where rows do not start at multiples of 16): the order
+// of the sums, and with it every bit of the result, depends on COLUMNS and the dtype only.
+//
+// Shared memory: 2 x 32 floats (the warps' sums, two sets in turn, so that one barrier a row is
+// enough), then SHARED_VECS * THREADS vectors.
+//
+// Preconditions: pointers and row offsets are multiples of ACCESS (weight: WEIGHT_ACCESS) bytes; out
+// is input itself or apart from it; rows of out do not overlap.
+#include "common.cuh"
+
+using T = ELEMENT;
+using W = WEIGHT;
+
+constexpr bool FUSED = FUSED_ADD;                       // the residual form
+constexpr int PER_VEC = 16 / static_cast<int>(sizeof(T));  // elements of a vector
+constexpr int FULL_VECS = COLUMNS / PER_VEC;            // vectors of a row, the last partial one apart
+constexpr int TAIL = COLUMNS % PER_VEC;                 // elements of that one
+constexpr int REG_VECS = VECS;
+constexpr int ALL_VECS = VECS + SHARED_VECS + REREAD_VECS;
+constexpr int ROWS = THREADS > 32 ? 1 : BLOCK / THREADS;  // of a block at a time
+constexpr int WARPS = ceil_div(THREADS, 32);              // of a row
+constexpr bool EVEN = FULL_VECS == ALL_VECS * THREADS;    // every thread has ALL_VECS whole vectors
+constexpr bool KEEP_WEIGHT = KEEP;                        // weights stay in registers from row to row
+
+static_assert(THREADS * ALL_VECS * PER_VEC >= COLUMNS, "the threads cover the row");
+static_assert(THREADS > 32 ? BLOCK == THREADS : BLOCK % 32 == 0, "whole warps");
+static_assert(!PREFETCH || (SHARED_VECS == 0 && REREAD_VECS == 0), "only rows in registers are prefetched");
+
+union Vector {
+    uint4 quad;
+    uint2 pairs[2];
+    u32 words[4];
+    u16 halves[8];
+};
+
+struct Strides {  // in elements
+    i64 outer;
+    i64 inner;
+};
+
+// Bytes [begin, begin + 16) of a row whose address is a multiple of A.
+template <int A>
+CUPY_LORA_DEVICE Vector load_whole(const void* p) {
+    Vector v;
+    if constexpr (A == 16) {
+        v.quad = *static_cast<const uint4*>(p);
+    } else if constexpr (A == 8) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) v.pairs[i] = static_cast<const uint2*>(p)[i];
+    } else if constexpr (A == 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v.words[i] = static_cast<const u32*>(p)[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v.halves[i] = static_cast<const u16*>(p)[i];
+    }
+    return v;
+}
+
+template <int A>
+CUPY_LORA_DEVICE void store_whole(void* p, const Vector& v) {
+    if constexpr (A == 16) {
+        *static_cast<uint4*>(p) = v.quad;
+    } else if constexpr (A == 8) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) static_cast<uint2*>(p)[i] = v.pairs[i];
+    } else if constexpr (A == 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) static_cast<u32*>(p)[i] = v.words[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) static_cast<u16*>(p)[i] = v.halves[i];
+    }
+}
+
+// Elements of vector `index` that exist: PER_VEC, or fewer for the row's last, or none.
+CUPY_LORA_DEVICE int extent(int index) {
+    if (EVEN || index < FULL_VECS) return PER_VEC;
+    return index == FULL_VECS ? TAIL : 0;
+}
+
+CUPY_LORA_DEVICE Vector load_vector(const T* row, int index) {
+    const int n = extent(index);
+    if (n == PER_VEC) return load_whole<ACCESS>(row + index * PER_VEC);
+    Vector v;
+    v.quad = make_uint4(0, 0, 0, 0);
+    if constexpr (TAIL != 0) {
+#pragma unroll
+        for (int i = 0; i < PER_VEC; ++i) {
+            if (i < n) {
+                if constexpr (sizeof(T) == 2) {
+                    v.halves[i] = reinterpret_cast<const u16*>(row)[index * PER_VEC + i];
+                } else {
+                    v.words[i] = reinterpret_cast<const u32*>(row)[index * PER_VEC + i];
+                }
+            }
+        }
+    }
+    return v;
+}
+
+CUPY_LORA_DEVICE void store_vector(T* row, int index, const Vector& v) {
+    const int n = extent(index);
+    if (n == PER_VEC) {
+        store_whole<ACCESS>(row + index * PER_VEC, v);
+        return;
+    }
+    if constexpr (TAIL != 0) {
+#pragma unroll
+        for (int i = 0; i < PER_VEC; ++i) {
+            if (i < n) {
+                if constexpr (sizeof(T) == 2) {
+                    reinterpret_cast<u16*>(row)[index * PER_VEC + i] = v.halves[i];
+                } else {
+                    reinterpret_cast<u32*>(row)[index * PER_VEC + i] = v.words[i];
+                }
+            }
+        }
+    }
+}
+
+template <class E>
+CUPY_LORA_DEVICE void unpack(const Vector& v, float* f, E tag) {
+    if constexpr (sizeof(E) == 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) unpack2(v.words[i], f[2 * i], f[2 * i + 1], tag);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) f[i] = __uint_as_float(v.words[i]);
+    }
+}
+
+template <class E>
+CUPY_LORA_DEVICE Vector pack(const float* f, E tag) {
+    Vector v;
+    if constexpr (sizeof(E) == 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v.words[i] = pack2(f[2 * i], f[2 * i + 1], tag);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v.words[i] = __float_as_uint(f[i]);
+    }
+    return v;
+}
+
+// The weights of one vector of the row, in their own dtype.
+struct Weights {
+    static constexpr int QUADS = PER_VEC * static_cast<int>(sizeof(W)) / 16;
+    Vector v[QUADS];
+};
+
+CUPY_LORA_DEVICE Weights load_weights(const W* weight, int index) {
+    Weights w;
+    const int n = extent(index);
+    const W* p = weight + index * PER_VEC;
+    if (n == PER_VEC) {
+#pragma unroll
+        for (int q = 0; q < Weights::QUADS; ++q) {
+            w.v[q] = load_whole<WEIGHT_ACCESS>(reinterpret_cast<const u8*>(p) + 16 * q);
+        }
+        return w;
+    }
+#pragma unroll
+    for (int q = 0; q < Weights::QUADS; ++q) w.v[q].quad = make_uint4(0, 0, 0, 0);
+    if constexpr (TAIL != 0) {
+#pragma unroll
+        for (int i = 0; i < PER_VEC; ++i) {
+            if (i < n) {
+                if constexpr (sizeof(W) == 2) {
+                    w.v[0].halves[i] = reinterpret_cast<const u16*>(p)[i];
+                } else {
+                    w.v[i / 4].words[i % 4] = reinterpret_cast<const u32*>(p)[i];
+                }
+            }
+        }
+    }
+    return w;
+}
+
+// One row's worth of one thread: what it read, the residual added where there is one.
+CUPY_LORA_DEVICE Vector take(const T* input, T* residual, int index) {
+    Vector v = load_vector(input, index);
+    if constexpr (FUSED) {
+        const Vector r = load_vector(residual, index);
+        float a[PER_VEC], b[PER_VEC];
+        unpack(v, a, T{});
+        unpack(r, b, T{});
+#pragma unroll
+        for (int i = 0; i < PER_VEC; ++i) a[i] += b[i];
+        v = pack(a, T{});
+        store_vector(residual, index, v);
+    }
+    return v;
+}
+
+CUPY_LORA_DEVICE float sum_of_squares(const Vector& v) {
+    float f[PER_VEC], sum = 0.f;
+    unpack(v, f, T{});
+#pragma unroll
+    for (int i = 0; i < PER_VEC; ++i) sum = fmaf(f[i], f[i], sum);
+    return sum;
+}
+
+CUPY_LORA_DEVICE void give(T* out, int index, const Vector& v, const Weights& weights, float scale) {
+    float f[PER_VEC], w[PER_VEC];
+    unpack(v, f, T{});
+#pragma unroll
+    for (int q = 0; q < Weights::QUADS; ++q) unpack(weights.v[q], w + q * (PER_VEC / Weights::QUADS), W{});
+#pragma unroll
+    for (int i = 0; i < PER_VEC; ++i) f[i] = f[i] * scale * w[i];
+    store_vector(out, index, pack(f, T{}));
+}
+
+// The sum over the threads of a row, the same bits in each; `set` alternates from call to call.
+CUPY_LORA_DEVICE float row_sum(float v, float* sums, int set) {
+#pragma unroll
+    for (int offset = (THREADS < 32 ? THREADS : 32) / 2; offset > 0; offset /= 2) {
+        v += __shfl_xor_sync(0xffffffffu, v, offset);
+    }
+    if constexpr (WARPS > 1) {
+        float* const mine = sums + 32 * set;
+        if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = v;
+        __syncthreads();
+        float part[WARPS];
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) part[i] = mine[i];
+#pragma unroll
+        for (int span = 1; span < WARPS; span *= 2) {
+#pragma unroll
+            for (int i = 0; i + span < WARPS; i += 2 * span) part[i] += part[i + span];
+        }
+        v = part[0];
+    }
+    return v;
+}
+
+CUPY_LORA_DEVICE i64 row_offset(i64 row, i64 inner, const Strides& strides) {
+    if constexpr (LEVELS == 1) {
+        return row * strides.outer;
+    } else {
+        const i64 outer = row / inner;
+        return outer * strides.outer + (row - outer * inner) * strides.inner;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK) rms_norm(const T* input, T* residual,
+                                                             const W* __restrict__ weight, T* out, i64 rows,
+                                                             i64 inner, Strides input_strides,
+                                                             Strides residual_strides, Strides out_strides,
+                                                             float epsilon) {
+    CUPY_LORA_SHARED(shared);
+    float* const sums = reinterpret_cast<float*>(shared);
+    uint4* const kept = reinterpret_cast<uint4*>(shared + 256);
+
+    const int me = static_cast<int>(threadIdx.x) % THREADS;
+    const i64 step = static_cast<i64>(gridDim.x) * ROWS;
+    i64 first = static_cast<i64>(blockIdx.x) * ROWS;  // of this block's rows: the same in all its threads
+
+    Weights weights[KEEP_WEIGHT ? REG_VECS : 1];
+    Vector x[REG_VECS];
+
+    // Rows past the end go through the same shuffles with zeros.
+    auto load_row = [&](i64 block_row, Vector(&to)[REG_VECS]) {
+        const i64 row = block_row + static_cast<int>(threadIdx.x) / THREADS;
+        const bool valid = ROWS == 1 || row < rows;
+        const T* const in = input + row_offset(valid ? row : 0, inner, input_strides);
+        T* const res = FUSED ? residual + row_offset(valid ? row : 0, inner, residual_strides) : nullptr;
+#pragma unroll
+        for (int k = 0; k < REG_VECS; ++k) {
+            if (valid) {
+                to[k] = take(in, res, me + k * THREADS);
+            } else {
+                to[k].quad = make_uint4(0, 0, 0, 0);
+            }
+        }
+    };
+
+    load_row(first, x);
+    if constexpr (KEEP_WEIGHT) {
+#pragma unroll
+        for (int k = 0; k < REG_VECS; ++k) weights[k] = load_weights(weight, me + k * THREADS);
+    }
+
+    for (int set = 0;; set ^= 1) {
+        const i64 row = first + static_cast<int>(threadIdx.x) / THREADS;
+        const bool valid = ROWS == 1 || row < rows;
+        const bool more = first + step < rows;
+        const T* const in = input + row_offset(valid ? row : 0, inner, input_strides);
+        T* const res = FUSED ? residual + row_offset(valid ? row : 0, inner, residual_strides) : nullptr;
+        T* const to = out + row_offset(valid ? row : 0, inner, out_strides);
+
+        Vector next[REG_VECS];
+        if constexpr (PREFETCH) {
+            if (more) load_row(first + step, next);
+        }
+
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < REG_VECS; ++k) sum += sum_of_squares(x[k]);
+#pragma unroll 4
+        for (int k = 0; k < SHARED_VECS; ++k) {
+            const Vector v = take(in, res, me + (REG_VECS + k) * THREADS);
+            kept[me + k * THREADS] = v.quad;
+            sum += sum_of_squares(v);
+        }
+#pragma unroll 4
+        for (int k = REG_VECS + SHARED_VECS; k < ALL_VECS; ++k) sum += sum_of_squares(take(in, res, me + k * THREADS));
+
+        const float scale = rsqrtf(row_sum(sum, sums, set) * (1.f / COLUMNS) + epsilon);
+
+        if (valid) {
+#pragma unroll
+            for (int k = 0; k < REG_VECS; ++k) {
+                const int index = me + k * THREADS;
+                give(to, index, x[k], KEEP_WEIGHT ? weights[KEEP_WEIGHT ? k : 0] : load_weights(weight, index), scale);
+            }
+#pragma unroll 4
+            for (int k = 0; k < SHARED_VECS; ++k) {
+                const int index = me + (REG_VECS + k) * THREADS;
+                Vector v;
+                v.quad = kept[me + k * THREADS];
+                give(to, index, v, load_weights(weight, index), scale);
+            }
+#pragma unroll 4
+            for (int k = REG_VECS + SHARED_VECS; k < ALL_VECS; ++k) {
+                const int index = me + k * THREADS;
+                // The residual form stored the sum, so it is read back from there.
+                give(to, index, load_vector(FUSED ? res : in, index), load_weights(weight, index), scale);
+            }
+        }
+
+        if (!more) return;
+        first += step;
+        if constexpr (PREFETCH) {
+#pragma unroll
+            for (int k = 0; k < REG_VECS; ++k) x[k] = next[k];
+        } else {
+            load_row(first, x);
+        }
+    }
+}
