@@ -1,0 +1,51 @@
+"""Which device an object of the library lives on when the caller does not say."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from . import _jit
+from ._arrays import CPU
+from ._lora_checks import integer
+
+
+@functools.cache
+def has_gpu_kernels() -> bool:
+    """Whether CuPy is installed and sees a GPU that the kernels run on (compute capability 8.0 or newer)."""
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception:  # no CuPy, no driver or no device: each raises its own type
+        return False
+    if count == 0:
+        return False
+    return int(cupy.cuda.Device().compute_capability) >= _jit.OLDEST_ARCH
+
+
+def resolve(device: Any) -> int:
+    """The ``device=`` argument as a number: -1 for ``"cpu"``, the current GPU (or the host) for None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything but None, ``"cpu"`` and the number of a GPU of this machine.
+    """
+    if device is None:
+        return int(_jit._cupy().cuda.runtime.getDevice()) if has_gpu_kernels() else CPU
+    if isinstance(device, str):
+        if device == "cpu":
+            return CPU
+        raise ValueError(f"device: expected None, 'cpu' or the number of a GPU, got {device!r}")
+    number = integer("device", device, 0)
+    if not has_gpu_kernels():
+        raise ValueError(f"device: expected None or 'cpu' on a machine without a usable GPU, got {number}")
+    integer("device", number, 0, int(_jit._cupy().cuda.runtime.getDeviceCount()) - 1)
+    _jit.device_arch(number)
+    return number
+
+
+def capturing(stream: Any) -> bool:
+    """Whether work on this stream is being captured into a graph."""
+    return bool(_jit._cupy().cuda.runtime.streamIsCapturing(stream.ptr))

@@ -1,0 +1,104 @@
+"""Rules by rank: LoRAX's own, kept for callers that prepare weights by them, and the library's choice.
+
+No kernel of this library needs a padded rank, fails between two supported ranks, or stops at 128.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+import numpy as np
+
+from . import _env
+from ._lora_checks import integer
+
+MIN_SGMV_RANK: Final = 8
+MIN_RANK_CUSTOM: Final = 16
+MAX_RANK_CUSTOM: Final = 128
+SGMV_BLOCK_SIZE: Final = 16
+BGMV_MAX_RANK: Final = 128
+
+
+def has_sgmv() -> bool:
+    """False when the environment says ``DISABLE_SGMV=1``: a loop of matrix products then serves every LoRA call."""
+    return not _env.DISABLE_SGMV.on
+
+
+def pad_rank(t: Any, dim: int, world_size: int) -> Any:
+    """Pad the rank for SGMV: :func:`pad_to_min_rank` to ``8 * world_size``; ``t`` itself without SGMV.
+
+    Tensor parallelism divides the rank by ``world_size``, hence the factor.
+
+    Parameters
+    ----------
+    t : array
+        CuPy, torch, JAX or NumPy.
+    dim : int
+        The axis of the rank.
+    world_size : int
+        At least 1.
+    """
+    world_size = integer("world_size", world_size, 1)
+    if not has_sgmv():
+        return t
+    return pad_to_min_rank(t, dim, MIN_SGMV_RANK * world_size)
+
+
+def pad_to_min_rank(t: Any, dim: int, min_rank: int) -> Any:
+    """Append zeros along ``dim`` up to ``min_rank``, or above it to the next multiple of 16.
+
+    Parameters
+    ----------
+    t : array
+        CuPy, torch, JAX or NumPy.
+    dim : int
+        The axis to pad; negative counts from the end.
+    min_rank : int
+        Least extent of the axis.
+
+    Returns
+    -------
+    array
+        ``t`` itself where nothing is to be padded, else a new array of the same kind.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that are not integers, or a ``dim`` that ``t`` does not have.
+    """
+    ndim = len(t.shape)
+    dim = integer("dim", dim, -ndim, ndim - 1) % ndim
+    min_rank = integer("min_rank", min_rank, 0)
+    rank = int(t.shape[dim])
+    target = min_rank if rank <= min_rank else -(-rank // SGMV_BLOCK_SIZE) * SGMV_BLOCK_SIZE
+    if target == rank:
+        return t
+    widths = [(0, target - rank if axis == dim else 0) for axis in range(ndim)]
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(t, torch.Tensor):
+        return torch.nn.functional.pad(t, [width for pair in reversed(widths) for width in pair])
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(t, jax.Array):
+        return jax.numpy.pad(t, widths)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(t, cupy.ndarray):
+        return cupy.pad(t, widths)
+    if not isinstance(t, np.ndarray):
+        raise TypeError(f"t: expected a CuPy, torch, JAX or NumPy array, got {type(t).__name__}")
+    return np.pad(t, widths)
+
+
+def use_cutlass_shrink(lora_rank: int) -> bool:
+    """Whether LoRAX shrinks this rank by its CUTLASS kernel: below 16."""
+    return lora_rank < MIN_RANK_CUSTOM
+
+
+def orient_for_rank(t: Any, rank: int) -> Any:
+    """``t`` with its first two axes transposed (a view) for ranks 16 to 128, else ``t`` itself."""
+    if not MIN_RANK_CUSTOM <= rank <= MAX_RANK_CUSTOM:
+        return t
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(t, torch.Tensor):
+        return t.transpose(0, 1)
+    return t.swapaxes(0, 1)

@@ -1,0 +1,232 @@
+"""The schedule of a batch: which adapter each row uses, arranged into tiles of rows on the device."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from . import _arrays, _device, _env, _jit
+from ._arrays import CPU, INT32, INT64, Array, same_device, stream_for, view
+from ._lora_checks import debug_slots, host_copy, indices, integer
+from .reference.lora import segment_slots
+
+HEIGHTS: Final = (8, 16, 32, 64)
+TILE_HEADER: Final = 8  # int32 words before the row numbers: slot, rows in the tile, spare
+NUM_COUNTERS: Final = 8
+
+
+def tile_capacity(max_tokens: int, max_adapters: int, height: int) -> int:
+    """Most tiles of this height that ``max_tokens`` rows over ``max_adapters`` slots can need."""
+    return min(max_tokens, max_tokens // height + min(max_tokens, max_adapters))
+
+
+class LoraBatch:
+    """Which adapter each row of the batch uses; one object serves every layer of a step.
+
+    Construction allocates all that updates need and waits for the device once; updates
+    allocate nothing, never wait, and write the same memory each time, so that a graph
+    captured with this batch sees them.
+
+    Parameters
+    ----------
+    max_tokens : int
+        Most rows of a batch.
+    max_adapters : int
+        Number of slots; that of the :class:`~cupy_lora.LoraWeights`, or fewer.
+    device : None, "cpu" or int
+        None: the current GPU where there is one, else the host.
+
+    Attributes
+    ----------
+    num_tokens : int or None
+        Rows of the current batch; None where only the device knows (segments whose
+        ``indptr`` is on the device).
+    indices : (max_tokens,) array, int32
+        Slot of each row, -1: none.
+    tiles : dict of int to (capacity, 8 + height) array, int32
+        By tile height: slot, rows in the tile, six spare words, then the row numbers,
+        filled up with a valid row. Built on the device.
+    counters : (8,) array, int32
+        Number of tiles of each height, in the order of the heights.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For sizes that are not integers of at least 1, or a device that is not there.
+    """
+
+    def __init__(self, max_tokens: int, *, max_adapters: int, device: int | str | None = None) -> None:
+        self.max_tokens = integer("max_tokens", max_tokens, 1, 2**31 - 1)
+        self.max_adapters = integer("max_adapters", max_adapters, 1, 2**31 - 1)
+        self.device = _device.resolve(device)
+        self.num_tokens: int | None = 0
+        self.indices = _arrays.empty((self.max_tokens,), INT32, self.device)
+        self.indices.fill(-1)
+        self.counters: Any = None
+        self.tiles: dict[int, Any] = {}
+        self._staging: Any = None
+        if self.device != CPU:
+            self._allocate()
+            _jit._cupy().cuda.get_current_stream(self.device).synchronize()
+
+    def _allocate(self) -> None:
+        self.counters = _arrays.empty((NUM_COUNTERS,), INT32, self.device)
+        self.counters.fill(0)
+        for height in HEIGHTS:
+            capacity = tile_capacity(self.max_tokens, self.max_adapters, height)
+            self.tiles[height] = _arrays.empty((capacity, TILE_HEADER + height), INT32, self.device)
+        # Host indices land here: one slot per row, or indptr and slots of the segments.
+        self._staging = _arrays.empty((2 * self.max_tokens + 1,), INT64, self.device)
+
+    def update(self, indices: Any) -> None:
+        """Set the slot of each row.
+
+        Parameters
+        ----------
+        indices : (num_tokens,) array, int32 or int64
+            Any order; negative: no adapter. A slot of ``max_adapters`` or more counts as
+            none (and is an error under ``CUPY_LORA_DEBUG=1``). In host memory or on the
+            batch's device; host memory may be changed as soon as the call returns.
+
+        Raises
+        ------
+        TypeError
+            For a wrong type or dtype.
+        ValueError
+            For more rows than ``max_tokens``, or another device. The batch is unchanged then.
+        """
+        slots = _vector("indices", indices, self)
+        count = slots.shape[0]
+        if count > self.max_tokens:
+            raise ValueError(f"indices: expected at most {self.max_tokens} rows (max_tokens of the batch), got {count}")
+        debug_slots("indices", slots, self.max_adapters)
+        if self.device == CPU:
+            self._set_host(slots.numpy())
+        if self._has_kernels():
+            from . import _lora_plan
+
+            stream = stream_for(self.device, indices)
+            (slots,) = self._staged(stream, slots)
+            _jit.run(_lora_plan.build_tiles(slots, self), self.device, stream)
+        elif self.device != CPU:
+            self._set_by_loop(host_copy(slots))
+        self.num_tokens = count
+
+    def update_segments(self, indptr: Any, slots: Any, *, num_tokens: int | None = None) -> None:
+        """Set the slots by segments of consecutive rows.
+
+        Parameters
+        ----------
+        indptr : (num_segments + 1,) array, int32 or int64
+            Segment i is the rows ``indptr[i] : indptr[i + 1]``; rows before
+            ``indptr[0]`` have no adapter. In host memory it is checked.
+        slots : (num_segments,) array, int32 or int64
+            As ``indices`` of :meth:`update`; on the same side (host or device) as ``indptr``.
+        num_tokens : int, optional
+            Rows of the batch. Default: ``indptr[-1]`` where that is in host memory;
+            on a device it is left open, and the arrays passed to ``add_lora`` decide.
+
+        Raises
+        ------
+        TypeError
+            For a wrong type or dtype.
+        ValueError
+            For lengths that disagree, more rows or segments than ``max_tokens``, a host
+            ``indptr`` that decreases or starts below 0, or another device. The batch is unchanged then.
+        """
+        starts = _vector("indptr", indptr, self)
+        owners = _vector("slots", slots, self)
+        same_device(indptr=starts, slots=owners)
+        count = owners.shape[0]
+        if starts.shape[0] != count + 1:
+            raise ValueError(f"indptr: expected one entry more than slots ({count + 1}), got {starts.shape[0]}")
+        if count > self.max_tokens:
+            raise ValueError(f"slots: expected at most {self.max_tokens} segments (max_tokens), got {count}")
+        if num_tokens is not None:
+            num_tokens = integer("num_tokens", num_tokens, 0, self.max_tokens)
+        if starts.device == CPU or _env.DEBUG.on:
+            num_tokens = _check_indptr(host_copy(starts), num_tokens, self.max_tokens)
+        debug_slots("slots", owners, self.max_adapters)
+        if self.device == CPU:
+            assert num_tokens is not None
+            self._set_host(_spread(starts.numpy(), owners.numpy(), num_tokens))
+        if self._has_kernels():
+            from . import _lora_plan
+
+            stream = stream_for(self.device, indptr, slots)
+            starts, owners = self._staged(stream, starts, owners)
+            self.num_tokens = num_tokens
+            _jit.run(_lora_plan.build_segment_tiles(starts, owners, self), self.device, stream)
+        elif self.device != CPU:
+            rows = num_tokens if num_tokens is not None else self.max_tokens
+            self._set_by_loop(_spread(host_copy(starts), host_copy(owners), rows))
+        self.num_tokens = num_tokens
+
+    def _has_kernels(self) -> bool:
+        if _env.DISABLE_SGMV.on or (self.device == CPU and not _jit.has_host_runner()):
+            return False
+        if self.counters is None:
+            self._allocate()
+        return True
+
+    def _set_host(self, slots: np.ndarray) -> None:
+        none = (slots < 0) | (slots >= self.max_adapters)
+        self.indices[: slots.shape[0]] = np.where(none, -1, slots)
+
+    def _set_by_loop(self, slots: np.ndarray) -> None:
+        none = (slots < 0) | (slots >= self.max_adapters)
+        with _jit._cupy().cuda.Device(self.device):
+            self.indices[: slots.shape[0]].set(np.where(none, -1, slots).astype(np.int32))
+
+    def _staged(self, stream: Any, *arrays: Array) -> list[Array]:
+        """Arrays that the kernels can read: the caller's, or copies in the staging buffer."""
+        if self.device == CPU or arrays[0].device != CPU:
+            return list(arrays)
+        if _device.capturing(stream):
+            raise ValueError(
+                "indices: expected an array on the device while a graph is captured, got one in host memory"
+            )
+        # A fresh pageable array: the driver stages it before the copy call returns, whatever memory the caller's is.
+        packed = np.concatenate([array.numpy() for array in arrays]).astype(np.int64)
+        if packed.size:
+            target = self._staging[: packed.size]
+            target.data.copy_from_host_async(packed.ctypes.data, packed.nbytes, stream)
+        staged = []
+        start = 0
+        for array in arrays:
+            stop = start + array.shape[0]
+            staged.append(view("indices", self._staging[start:stop]))
+            start = stop
+        return staged
+
+
+def _vector(name: str, obj: Any, batch: LoraBatch) -> Array:
+    array = indices(name, obj)
+    if array.device not in (CPU, batch.device):
+        same_device(batch=view("batch", batch.indices), **{name: array})
+    return array
+
+
+def _check_indptr(indptr: np.ndarray, num_tokens: int | None, max_tokens: int) -> int:
+    """The number of rows; ValueError for an indptr that no batch of at most ``max_tokens`` rows has."""
+    if int(indptr[0]) < 0:
+        raise ValueError(f"indptr: expected a first entry of at least 0, got {int(indptr[0])}")
+    bad = np.flatnonzero(indptr[1:] < indptr[:-1])
+    if bad.size:
+        at = int(bad[0])
+        raise ValueError(
+            f"indptr: expected entries that do not decrease, got {int(indptr[at])} then {int(indptr[at + 1])} at {at}"
+        )
+    rows = int(indptr[-1])
+    if rows > max_tokens:
+        raise ValueError(f"indptr: expected at most {max_tokens} rows (max_tokens of the batch), got {rows}")
+    if num_tokens is None:
+        return rows
+    if rows > num_tokens:
+        raise ValueError(f"indptr: expected at most num_tokens ({num_tokens}) rows, got {rows}")
+    return num_tokens
+
+
+def _spread(indptr: np.ndarray, slots: np.ndarray, num_rows: int) -> np.ndarray:
+    return segment_slots(indptr[:-1], np.diff(indptr), slots, num_rows)[0]
