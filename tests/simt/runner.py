@@ -1,0 +1,437 @@
+"""Compile a kernel source with g++ and run a launch plan over host memory (``simt.h`` says how).
+
+Use it as ``with _jit.host_runner(runner.run): op(alloc(x), ...)``. Every launch runs in ascending and
+in descending thread order and, where the kernel copies or stores asynchronously, with those done as
+late and as early as they may be; all runs must agree bit for bit. What a kernel writes must be an
+array of :func:`alloc`, or an argument of the launch: only those are put back between the runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupy_lora import _jit, _paths
+
+PAGE = mmap.PAGESIZE
+_HERE = Path(__file__).resolve().parent
+_STACK = 256 << 10  # bytes per thread; as in simt.h
+_MAX_THREADS = 16 * 1024  # the largest cluster of the largest blocks
+_MAX_SHARED = 227 << 10  # bytes per block on sm_90
+_SECONDS = 120  # CPU time after which a launch counts as hanging
+_POISONS = (0xFF, 0x7E)  # of the two thread orders: what is read from outside differs between them
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+
+
+class SimtError(RuntimeError):
+    """A launch did something that a GPU would punish, or might."""
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+class _Region(mmap.mmap):
+    """Pages for one array, between two pages without access."""
+
+    label: str
+    address: int  # of the first data page
+    size: int  # of the data pages
+    start: int  # of the array within them
+    stop: int
+
+    def bytes(self) -> np.ndarray:
+        return np.frombuffer(self, np.uint8)[PAGE : PAGE + self.size]
+
+    def poison(self, value: int) -> None:
+        data = self.bytes()
+        data[: self.start] = value
+        data[self.stop :] = value
+
+    def check_poison(self, value: int) -> None:
+        data = self.bytes()
+        before, after = data[: self.start] != value, data[self.stop :] != value
+        if before.any():
+            raise SimtError(f"wrote {self.start - int(before.argmax())} bytes ahead of the {self.label}")
+        if after.any():
+            raise SimtError(f"wrote {int(after.argmax())} bytes past the end of the {self.label}")
+
+
+_regions: weakref.WeakSet[_Region] = weakref.WeakSet()
+
+
+def alloc(array: Any, edge: str = "end", align: int = 16, name: str = "array") -> np.ndarray:
+    """A C-contiguous copy of ``array`` next to a page without access.
+
+    Parameters
+    ----------
+    array : array_like
+    edge : {"end", "start"}
+        Whether the array ends or starts at the page without access.
+    align : int
+        Alignment of the first byte, a power of two. An array that ends at the edge lies at most
+        ``align - 1`` bytes ahead of it; those are poisoned, and checked after each launch. With the
+        item size for ``align`` there are none, and the base is as misaligned as an array's may be.
+    name : str
+        Said in reports.
+    """
+    array = np.asarray(array)
+    if edge not in ("end", "start"):
+        raise ValueError(f"edge: expected 'end' or 'start', got {edge!r}")
+    pages = max(1, -(-array.nbytes // PAGE))
+    region = _Region(-1, (pages + 2) * PAGE)
+    region.size = pages * PAGE
+    region.start = 0 if edge == "start" else (region.size - array.nbytes) // align * align
+    region.stop = region.start + array.nbytes
+    region.label = f"{name} ({array.dtype} {array.shape})"
+    whole = np.frombuffer(region, np.uint8)
+    region.address = whole.ctypes.data + PAGE
+    region.bytes()[:] = _POISONS[0]
+    for guard in (region.address - PAGE, region.address + region.size):
+        if _libc.mprotect(guard, PAGE, 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    copy = region.bytes()[region.start : region.stop].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    _regions.add(region)
+    return copy
+
+
+def _memory(launch: _jit.Launch) -> list[np.ndarray]:
+    """The bytes that the launch may write, as far as they are known."""
+    regions = list(_regions)
+    memory = [region.bytes() for region in regions]
+    for arg in launch.args:
+        if hasattr(arg, "span"):
+            low, high = arg.span
+            inside = any(r.address <= low and high <= r.address + r.size for r in regions)
+            if high > low and not inside:
+                memory.append(np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low)))
+    return memory
+
+
+def _place(address: int) -> str:
+    """Which array an illegal address belongs to."""
+    best, text = 4 * PAGE, ""
+    for region in list(_regions):
+        first, last = region.address + region.start, region.address + region.stop
+        for distance, side in ((first - address, "bytes ahead of"), (address - last, "bytes past the end of")):
+            if 0 <= distance < best:
+                best, text = distance, f" ({distance} {side} the {region.label})"
+    return text
+
+
+# ---- sources and builds ------------------------------------------------------------------------
+
+_sources: Path | None = None
+
+
+def sources() -> Path:
+    """The folder that kernels are compiled from."""
+    return _sources or _paths.cuda_src()
+
+
+@contextlib.contextmanager
+def patched(file: str, *changes: tuple[str, str]) -> Iterator[None]:
+    """Within this context kernels are compiled from sources in which ``file`` is changed.
+
+    Each change replaces a text that occurs exactly once.
+    """
+    global _sources
+    with tempfile.TemporaryDirectory(prefix="cupy_lora_patched_") as folder:
+        shutil.copytree(sources(), folder, dirs_exist_ok=True)
+        path = Path(folder) / file
+        text = path.read_text()
+        for old, new in changes:
+            if text.count(old) != 1:
+                raise ValueError(f"{file}: expected one place that reads {old!r}, got {text.count(old)}")
+            text = text.replace(old, new)
+        path.write_text(text)
+        before, _sources = _sources, Path(folder)
+        try:
+            yield
+        finally:
+            _sources = before
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: per user, shared by test processes."""
+    folder = os.environ.get("CUPY_LORA_SIMT_CACHE")
+    path = Path(folder) if folder else Path(tempfile.gettempdir()) / f"cupy_lora_simt_{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+@functools.cache
+def cuda_include() -> Path:
+    """The folder of cuda_fp16.h: in the runtime wheel, or in a toolkit."""
+    candidates = []
+    with contextlib.suppress(ImportError):
+        import nvidia
+
+        for base in nvidia.__path__:
+            candidates += [Path(base) / "cu13" / "include", Path(base) / "cuda_runtime" / "include"]
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            candidates.append(Path(os.environ[variable]) / "include")
+    candidates.append(Path("/usr/local/cuda/include"))
+    for folder in candidates:
+        if all((folder / header).is_file() for header in ("cuda_fp16.h", "cuda_bf16.h", "vector_types.h")):
+            return folder
+    raise RuntimeError(
+        "the simt tests need CUDA's headers: expected cuda_fp16.h of the package nvidia-cuda-runtime or of a toolkit "
+        f"(CUDA_HOME), got none in {', '.join(map(str, candidates))}"
+    )
+
+
+@functools.cache
+def _compiler() -> tuple[str, ...]:
+    """The command, without sources and defines."""
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fno-omit-frame-pointer", "-fno-strict-aliasing"]
+    command += ["-fwrapv", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused", "-U_FORTIFY_SOURCE"]
+    if os.environ.get("CUPY_LORA_SIMT_DEBUG"):
+        command += ["-O0", "-g3"]
+    elif os.environ.get("CUPY_LORA_SIMT_COVERAGE"):
+        command += ["-O0", "-g1", "--coverage"]
+    else:
+        command += ["-O1", "-g1"]
+    command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    with contextlib.suppress(OSError):
+        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())  # type: ignore[index]
+        if {"avx2", "fma", "bmi2", "f16c"} <= flags:
+            command.append("-march=x86-64-v3")
+    return (*command, "-DCUPY_LORA_SIMT", f"-I{_HERE}", f"-I{cuda_include()}")
+
+
+def _closure(path: Path, folder: Path, seen: dict[Path, bytes]) -> None:
+    if path in seen or not path.is_file():
+        return
+    seen[path] = path.read_bytes()
+    for name in re.findall(rb'^\s*#include\s+"([^"]+)"', seen[path], re.M):
+        for base in (path.parent, folder, _HERE):
+            _closure((base / name.decode()).resolve(), folder, seen)
+
+
+def build(kernel: _jit.Kernel, folder: Path) -> Path:
+    """The library of one specialisation, built unless it is in the cache."""
+    source = f'#include "{kernel.source}.cu"\nSIMT_KERNEL({kernel.symbol})\n'
+    options = [f"-I{folder}", *(f"-D{name}={value}" for name, value in kernel.defines)]
+    files: dict[Path, bytes] = {}
+    _closure((folder / f"{kernel.source}.cu").resolve(), folder, files)
+    digest = hashlib.sha256(repr((_compiler(), kernel.defines, source)).encode())
+    for path in sorted(files, key=lambda p: p.name):
+        digest.update(path.name.encode() + b"\0" + files[path] + b"\0")
+    stem = cache_folder() / f"{Path(kernel.source).name}-{digest.hexdigest()[:24]}"
+    library = stem.with_suffix(".so")
+    if library.exists():
+        return library
+    own = stem.with_name(f"{stem.name}.{os.getpid()}")
+    unit = own.with_suffix(f"{own.suffix}.cpp")
+    unit.write_text(source)
+    built = own.with_suffix(f"{own.suffix}.so")
+    result = subprocess.run([*_compiler(), *options, str(unit), "-o", str(built), "-ldl"], capture_output=True, text=True)
+    unit.unlink()
+    if result.returncode != 0:
+        raise RuntimeError(f"{kernel.source}.cu did not compile with {dict(kernel.defines)}:\n{result.stderr[:6000]}")
+    os.replace(built, library)
+    return library
+
+
+# ---- launches ----------------------------------------------------------------------------------
+
+
+class _Config(ctypes.Structure):
+    """``simt::Config``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint),
+        ("shared", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
+        ("descending", ctypes.c_int),
+        ("early", ctypes.c_int),
+        ("seconds", ctypes.c_int),
+        ("poison", ctypes.c_uint),
+        ("stacks", ctypes.c_void_p),
+        ("stacks_mapped", ctypes.POINTER(ctypes.c_size_t)),
+        ("message", ctypes.c_char_p),
+        ("message_size", ctypes.c_size_t),
+        ("fault", ctypes.POINTER(ctypes.c_void_p)),
+        ("used_async", ctypes.POINTER(ctypes.c_int)),
+    )
+
+
+@functools.cache
+def _stacks() -> int:
+    """Address space for the stacks of all threads of a cluster; simt.h makes usable what it needs."""
+    private_anonymous_noreserve = 0x02 | 0x20 | 0x4000
+    address = _libc.mmap(None, _MAX_THREADS * _STACK, 0, private_anonymous_noreserve, -1, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "mmap of the thread stacks")
+    return int(address)
+
+
+_stacks_mapped = ctypes.c_size_t(0)
+_lock = threading.RLock()
+_loaded: dict[tuple[Path, _jit.Kernel], tuple[Path, ctypes.PyDLL, list[str]]] = {}
+
+
+def _load(kernel: _jit.Kernel) -> tuple[Path, ctypes.PyDLL, list[str]]:
+    key = (sources(), kernel)
+    if key not in _loaded:
+        path = build(kernel, sources())
+        library = ctypes.PyDLL(str(path))
+        library.simt_signature.restype = ctypes.c_char_p
+        library.simt_launch.restype = None
+        _loaded[key] = path, library, library.simt_signature().decode().rstrip(",").split(",")
+    return _loaded[key]
+
+
+def _arguments(launch: _jit.Launch, signature: list[str]) -> Any:
+    """An array of pointers to the arguments; each must have the kind and size of its parameter."""
+    name = f"{launch.kernel.source}.{launch.kernel.symbol}"
+    signature = [code for code in signature if code]
+    if len(launch.args) != len(signature):
+        raise SimtError(f"{name}: expected {len(signature)} arguments, got {len(launch.args)}")
+    values: list[Any] = []
+    for i, (arg, code) in enumerate(zip(launch.args, signature, strict=True)):
+        if arg is None or hasattr(arg, "ptr"):
+            got, value = "p8", np.array([0 if arg is None else arg.ptr], np.uint64)
+        else:
+            value = np.atleast_1d(np.asarray(arg))
+            got = f"{value.dtype.kind}{value.dtype.itemsize}"
+            if value.size != 1:
+                raise SimtError(f"{name}: argument {i}: expected one element, got {value.size}")
+        if got != code:
+            raise SimtError(f"{name}: argument {i}: expected a parameter of kind {code}, got {got}")
+        values.append(np.frombuffer(value.tobytes() + bytes(16), np.uint8))
+    pointers = (ctypes.c_void_p * max(1, len(values)))(*(value.ctypes.data for value in values))
+    return pointers, values
+
+
+def _symbolised(text: str, library: Path) -> str:
+    """The text with its code addresses replaced by places in the kernel sources."""
+    addresses = sorted(set(re.findall(r"@([0-9a-f]+)", text)))
+    tool = shutil.which("addr2line")
+    places: dict[str, str] = {}
+    if addresses and tool:
+        for address in addresses:
+            out = subprocess.run([tool, "-i", "-e", str(library), address], capture_output=True, text=True).stdout
+            lines = [Path(line.split(" ")[0]).name for line in out.splitlines()]
+            kept = [line for line in lines if line.split(":")[0].endswith((".cu", ".cuh")) and not line.startswith("ptx")]
+            places[address] = " < ".join(kept)
+
+    def replace(match: re.Match[str]) -> str:
+        found = [places.get(address, "") for address in re.findall(r"@([0-9a-f]+)", match[0])]
+        chain = [place for place in found if place]
+        return f"at {' < '.join(chain)}" if chain else match[0]
+
+    return re.sub(r"(?:@[0-9a-f]+)+", replace, text)
+
+
+def _run_once(
+    launch: _jit.Launch, path: Path, library: ctypes.PyDLL, pointers: Any, descending: bool, early: bool
+) -> bool:
+    """One run; True where the kernel used asynchronous copies or stores."""
+    message = ctypes.create_string_buffer(1 << 14)
+    fault, used_async = ctypes.c_void_p(), ctypes.c_int()
+    kernel, poison = launch.kernel, _POISONS[descending]
+    regions = list(_regions)
+    for region in regions:
+        region.poison(poison)
+    config = _Config(
+        (ctypes.c_uint * 3)(*launch.grid), kernel.block, kernel.shared, kernel.cluster, descending, early, _SECONDS,
+        poison, _stacks(), ctypes.pointer(_stacks_mapped), ctypes.cast(message, ctypes.c_char_p), len(message),
+        ctypes.pointer(fault), ctypes.pointer(used_async),
+    )  # fmt: skip
+    library.simt_launch(ctypes.byref(config), pointers)
+    how = f"{'descending' if descending else 'ascending'} thread order{', early copies' if early else ''}"
+    text = message.value.decode(errors="replace")
+    where = f"{kernel.source}.{kernel.symbol} ({how})"
+    if text:
+        text = _symbolised(text, path)
+        if fault.value is not None:
+            text = text.replace("; ", f"{_place(fault.value)}; ", 1)
+        raise SimtError(f"{where}: {text}")
+    for region in regions:
+        try:
+            region.check_poison(poison)
+        except SimtError as error:
+            raise SimtError(f"{where}: {error}") from None
+    return bool(used_async.value)
+
+
+def _check(launch: _jit.Launch) -> None:
+    kernel, name = launch.kernel, f"{launch.kernel.source}.{launch.kernel.symbol}"
+    if not 1 <= kernel.block <= 1024:
+        raise SimtError(f"{name}: expected a block of 1 to 1024 threads, got {kernel.block}")
+    if not 0 <= kernel.shared <= _MAX_SHARED:
+        raise SimtError(f"{name}: expected at most {_MAX_SHARED} bytes of shared memory, got {kernel.shared}")
+    if not 1 <= kernel.cluster <= 16 or launch.grid[0] % kernel.cluster:
+        raise SimtError(f"{name}: expected a grid of whole clusters, got {launch.grid[0]} blocks for {kernel.cluster}")
+    if launch.grid[0] >= 1 << 31 or max(launch.grid[1:]) > 65535:
+        raise SimtError(f"{name}: expected a grid within CUDA's limits, got {launch.grid}")
+
+
+def run(launch: _jit.Launch) -> None:
+    """Run a plan over host memory, in both thread orders; :class:`SimtError` where anything is wrong."""
+    if 0 in launch.grid:
+        return
+    _check(launch)
+    with _lock:
+        path, library, signature = _load(launch.kernel)
+        pointers, _values = _arguments(launch, signature)
+        memory = _memory(launch)
+        before = [data.copy() for data in memory]
+        first: list[np.ndarray] | None = None
+        modes = [(False, False), (True, False)]
+        while modes:
+            descending, early = modes.pop(0)
+            if first is not None:
+                for data, old in zip(memory, before, strict=True):
+                    data[:] = old
+            used_async = _run_once(launch, path, library, pointers, descending, early)
+            for region in _regions:
+                region.poison(_POISONS[0])
+            if first is None:
+                first = [data.copy() for data in memory]
+                if used_async:
+                    modes += [(False, True), (True, True)]
+                continue
+            for data, expected in zip(memory, first, strict=True):
+                if not np.array_equal(data, expected):
+                    _raise_difference(launch, data, expected, descending, early)
+
+
+def _raise_difference(
+    launch: _jit.Launch, data: np.ndarray, expected: np.ndarray, descending: bool, early: bool
+) -> None:
+    different = np.flatnonzero(data != expected)
+    at = data.ctypes.data + int(different[0])
+    label = f"memory at {at:#x}"
+    for region in list(_regions):
+        if region.address <= at < region.address + region.size:
+            label = f"byte {at - region.address - region.start} of the {region.label}"
+    raise SimtError(
+        f"{launch.kernel.source}.{launch.kernel.symbol}: {different.size} bytes differ, the first is {label}, between "
+        f"ascending thread order and {'descending' if descending else 'ascending'} order{' with early copies' if early else ''}: "
+        "a race, or memory read from outside an array"
+    )
