@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cupy_lora import _jit
+from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, Array
 
 PACKAGE = Path(_jit.__file__).resolve().parent
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -42,3 +47,41 @@ def one_per_source(arch: int) -> list[Named]:
     for name, kernel in kernels(arch):
         first.setdefault(kernel.source, (name, kernel))
     return list(first.values())
+
+
+def array(
+    shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...] | None = None, offset: int = 0
+) -> Array:
+    """What a plan sees of a device array; ``offset`` (in bytes) takes its alignment away. Memory is never touched."""
+    if strides is None:
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return Array(next(_addresses) + offset, shape, strides, dtype, 0, None)
+
+
+_addresses = itertools.count(1 << 32, 1 << 32)  # far apart, 256-byte aligned
+_SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+
+
+@family("norm")
+def norm_kernels(norm: Any, arch: int, sm_count: int) -> Iterator[Named]:
+    def case(
+        columns: int, dtype: np.dtype[Any], weight: np.dtype[Any], *, fused: bool = False, offset: int = 0, pad: int = 0
+    ) -> Named:
+        x, residual, out = (array((3, columns), dtype, (columns + pad, 1), offset) for _ in range(3))
+        launch = norm.plan_rms_norm(
+            x, residual if fused else None, array((columns,), weight), out, 1e-6, arch=arch, sms=sm_count
+        )
+        unaligned = "-unaligned" if offset or pad else ""
+        name = f"{columns}-{_SHORT[dtype.name]}-{_SHORT[weight.name]}{'-fused' if fused else ''}{unaligned}"
+        return name, launch.kernel
+
+    for columns in (1, 7, 65, 128, 1000, 1024, 4096, 5120, 8192, 16384, 28672, 65536, 65537):
+        yield case(columns, BFLOAT16, BFLOAT16)
+        yield case(columns, BFLOAT16, BFLOAT16, fused=True)
+    for columns in (129, 4096, 65536):
+        for dtype, weight in ((FLOAT16, FLOAT16), (FLOAT32, FLOAT32), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)):
+            yield case(columns, dtype, weight)
+            yield case(columns, dtype, weight, fused=True)
+    for columns in (4096, 20000, 65536):
+        yield case(columns, BFLOAT16, BFLOAT16, offset=2, fused=True)
+        yield case(columns, FLOAT32, FLOAT32, pad=1)

@@ -55,11 +55,11 @@ def compile_kernel(kernel: _jit.Kernel, arch: int, *, cache: bool = True) -> Res
     """
     source = _jit.source_text(kernel)
     flags = (*options(kernel, arch), "--ptxas-options=-v")
-    identity = json.dumps([nvrtc.getVersion(), source, flags, kernel.symbol])
+    identity = json.dumps([nvrtc.getVersion(), source, flags, kernel.symbol, Path(__file__).read_text()])
     path = _CACHE / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
     if cache and path.is_file():
         return Resources(**json.loads(path.read_text()))
-    resources = read_log(compile_source(source, f"{kernel.source}.cu", flags), kernel.symbol)
+    resources = read_log(compile_source(source, f"{kernel.source}-unit.cu", flags), kernel.symbol)
     if cache:
         _CACHE.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=_CACHE)  # several test processes write here: rename whole files
@@ -76,11 +76,11 @@ def compile_source(source: str, name: str, flags: tuple[str, ...]) -> str:
         try:
             nvrtc.compileProgram(program, flags)
         except nvrtc.NVRTCError as error:
-            log = nvrtc.getProgramLog(program)
+            log = str(nvrtc.getProgramLog(program)).rstrip("\0")
             raise RuntimeError(f"{name} did not compile with {' '.join(flags)}: {error}\n{log}") from error
         if not nvrtc.getCUBIN(program):
             raise RuntimeError(f"{name}: NVRTC made no machine code with {' '.join(flags)}")
-        return str(nvrtc.getProgramLog(program))
+        return str(nvrtc.getProgramLog(program)).rstrip("\0")
     finally:
         nvrtc.destroyProgram(program)
 

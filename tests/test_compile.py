@@ -23,6 +23,10 @@ CASES = [
 
 @pytest.mark.parametrize(("arch", "kernel"), CASES)
 def test_specialisation_compiles_and_fits(arch: int, kernel: _jit.Kernel):
+    assert 32 <= kernel.block <= 1024
+    assert kernel.shared <= SHARED_PER_BLOCK[arch] * 1024
+    assert kernel.cluster in (1, 2, 4, 8, 16)
+    assert kernel.cluster == 1 or arch >= 90, "thread-block clusters start with compute capability 9.0"
     used = nvrtc.compile_kernel(kernel, arch)
     assert used.local_bytes == 0, f"expected no local memory, got {used}"
     assert used.static_shared_bytes <= 1024, f"expected dynamic shared memory only, got {used}"
@@ -32,14 +36,6 @@ def test_specialisation_compiles_and_fits(arch: int, kernel: _jit.Kernel):
     assert 1 <= used.registers <= 255
     assert allocated <= REGISTERS_PER_SM, f"one block needs {allocated} registers; an SM has {REGISTERS_PER_SM}"
     assert used.warnings == ""
-
-
-@pytest.mark.parametrize(("arch", "kernel"), CASES)
-def test_launch_limits(arch: int, kernel: _jit.Kernel):
-    assert 32 <= kernel.block <= 1024
-    assert kernel.shared <= SHARED_PER_BLOCK[arch] * 1024
-    assert kernel.cluster in (1, 2, 4, 8, 16)
-    assert kernel.cluster == 1 or arch >= 90, "thread-block clusters start with compute capability 9.0"
 
 
 def entry_points(source: Path) -> set[str]:
