@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -57,6 +57,20 @@ def wheel(sdist, tmp_path_factory) -> Path:
     return path
 
 
+def borrow_dependencies(site: Path) -> None:
+    """Link what the tests' environment has into another, this package and all .pth files (the checkout) excepted.
+
+    A search path is not enough: NVRTC is looked for in the folders of site packages only.
+    """
+    names = ("numpy", "ml_dtypes", "cupy", "nvidia")
+    specs = [spec for spec in map(importlib.util.find_spec, names) if spec is not None]
+    for folder in {Path(place).parent for spec in specs for place in spec.submodule_search_locations}:
+        for entry in folder.iterdir():
+            ours = entry.name.startswith(("cupy_lora", "_cupy_lora", "__"))
+            if not ours and entry.suffix != ".pth" and not (site / entry.name).exists():
+                (site / entry.name).symlink_to(entry)
+
+
 @pytest.fixture(scope="module")
 def report(wheel, tmp_path_factory) -> dict:
     """What a Python with the wheel and without the checkout says."""
@@ -64,10 +78,8 @@ def report(wheel, tmp_path_factory) -> dict:
     venv.create(folder / "env", symlinks=True)
     python = folder / "env" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
-    # NumPy, ml_dtypes, CuPy and NVRTC come from the environment of the tests, behind the wheel; its own .pth files,
-    # through which the checkout would be found, are not followed from there.
     (site,) = (folder / "env").glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    borrow_dependencies(site)
     out = run(python, "-I", "-c", CHECK, ROOT / "tests", cwd=folder)
     return {**json.loads(out.splitlines()[-1]), "site": str(site)}
 
