@@ -194,7 +194,7 @@ class LoraWeights:
         for i, pair in enumerate(pairs):
             if pair is not None:
                 self._check_pair(i, *pair, copy=bool(copy))
-        stream = stream_for(self.device, *(m.obj for pair in pairs if pair is not None for m in pair))
+        stream = self._stream(*(matrix.obj for pair in pairs if pair is not None for matrix in pair))
         buffer, stored = self._store(pairs, stream) if copy else (None, self._refer(pairs))
         parts = tuple(
             None if pair is None else Part(pair[0], pair[1], int(pair[0].shape[0]), scales[i])
@@ -216,7 +216,7 @@ class LoraWeights:
             For a slot that is not an integer or out of range.
         """
         slot = integer("slot", slot, 0, self.max_adapters - 1)
-        self._update(slot, (None,) * self.num_slices, None, stream_for(self.device))
+        self._update(slot, (None,) * self.num_slices, None, self._stream())
 
     def used_on(self, stream: Any) -> None:
         """Note that work which reads the adapters was queued on this stream."""
@@ -291,6 +291,13 @@ class LoraWeights:
                     f"{name}: expected memory aligned to {ALIGNMENT} bytes (copy=False), got address {matrix.ptr:#x}"
                 )
 
+    def _stream(self, *objs: Any) -> Any:
+        """The caller's stream; ValueError while it captures: a replay would bring back pointers of freed memory."""
+        stream = stream_for(self.device, *objs)
+        if stream is not None and _device.capturing(stream):
+            raise ValueError("stream: expected one that captures no graph (load and unload run outside), got a capture")
+        return stream
+
     # ------------------------------------------------------------------ memory
 
     def _store(self, pairs: list[tuple[Array, Array] | None], stream: Any) -> tuple[Any, list[tuple[Any, Any] | None]]:
@@ -356,7 +363,8 @@ class LoraWeights:
             facts = _jit.device_facts(self.device)
             _jit.run(_lora_plan.set_slot(self.table_view, slot, records, facts), self.device, stream)
         self._reap()
-        self._retire((self._buffers[slot], self._kept[slot]), stream)
+        if self.device != CPU and (self._buffers[slot] is not None or self._kept[slot]):
+            self._retire((self._buffers[slot], self._kept[slot]), stream)
         self._parts[slot] = parts
         self._buffers[slot] = buffer
         # With copy=False the parts view the caller's memory and keep it alive.
@@ -364,8 +372,6 @@ class LoraWeights:
 
     def _retire(self, memory: Any, stream: Any) -> None:
         """Keep replaced memory until every stream that may still read it has passed this point."""
-        if self.device == CPU or memory == (None, ()):
-            return
         cupy = _jit._cupy()
         events = []
         with cupy.cuda.Device(self.device):

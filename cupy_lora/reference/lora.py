@@ -22,7 +22,7 @@ def groups(slots: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray]]:
     valid = np.flatnonzero((slots >= 0) & (slots < count))
     order = valid[np.argsort(slots[valid], kind="stable")]
     found, first = np.unique(slots[order], return_index=True)
-    for slot, rows in zip(found, np.split(order, first[1:]), strict=True):
+    for slot, rows in zip(found, np.split(order, first)[1:], strict=True):
         yield int(slot), rows
 
 

@@ -1,0 +1,48 @@
+"""Fixtures of every test: the engines, and what happens where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import engines
+import hypothesis
+import pytest
+
+from cupy_lora import _env
+
+# Set once here: a case is a whole matrix product, so it may be slow on a shared machine, and must be repeatable.
+hypothesis.settings.register_profile("cupy_lora", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("cupy_lora")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = engines.gpu_missing()
+    if reason is not None:
+        if _env.REQUIRE_GPU.on:
+            pytest.fail(f"{_env.REQUIRE_GPU.name} is set: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture(
+    params=["numpy", pytest.param("simt", marks=pytest.mark.simt), pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+def engine(request: pytest.FixtureRequest) -> Iterator[engines.Engine]:
+    """Each engine in turn: NumPy, the CUDA sources on the CPU, the GPU."""
+    with engines.running(request.param) as active:
+        yield active
+
+
+@pytest.fixture(params=[pytest.param("simt", marks=pytest.mark.simt), pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest) -> Iterator[engines.Engine]:
+    """Each engine that runs the CUDA sources: what is promised of their bits."""
+    with engines.running(request.param) as active:
+        yield active
+
+
+@pytest.fixture
+def gpu() -> Iterator[engines.Engine]:
+    """The GPU; only for tests marked ``gpu``."""
+    with engines.running("gpu") as active:
+        yield active

@@ -1,0 +1,126 @@
+"""What runs the ops: NumPy (the reference), ``simt`` (the CUDA sources on the CPU), the GPU. One face for all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+from unittest import mock
+
+import numpy as np
+
+from cupy_lora import _arrays, _device, _jit
+
+
+class Engine(Protocol):
+    name: str
+    device: str | int  # for objects of the library that live somewhere
+
+    def array(self, host: np.ndarray) -> Any:
+        """The values in new memory of the engine."""
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """The values of an array of the engine; NumPy's own memory."""
+
+
+class Numpy:
+    name = "numpy"
+    device = "cpu"
+
+    def array(self, host: np.ndarray) -> np.ndarray:
+        return np.array(host, order="C")
+
+    def numpy(self, array: np.ndarray) -> np.ndarray:
+        return np.array(array)
+
+
+class Simt(Numpy):
+    """NumPy arrays whose memory ends (or starts) at a guard page; launches go to the CPU runner."""
+
+    name = "simt"
+
+    def __init__(self, edge: str = "end") -> None:
+        from simt import runner
+
+        self._runner = runner
+        self._edge = edge
+
+    def array(self, host: np.ndarray) -> np.ndarray:
+        return self._runner.alloc(np.ascontiguousarray(host), edge=self._edge)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype, device: int) -> np.ndarray:
+        assert device == _arrays.CPU
+        poison = np.full(int(np.prod(shape)) * dtype.itemsize, 0xFF, np.uint8)
+        return self.array(poison.view(dtype).reshape(shape))
+
+
+class Gpu:
+    name = "gpu"
+
+    def __init__(self, device: int = 0) -> None:
+        self.device = device
+
+    def array(self, host: np.ndarray) -> Any:
+        import cupy
+
+        with cupy.cuda.Device(self.device):
+            return cupy.asarray(np.ascontiguousarray(host))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return array.get()
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[Engine]:
+    """The engine of that name, active within the context."""
+    if name == "numpy":
+        yield Numpy()
+    elif name == "gpu":
+        yield Gpu()
+    else:
+        engine = Simt()
+        with _jit.host_runner(engine._runner.run), mock.patch.object(_arrays, "empty", engine.empty):
+            yield engine
+
+
+def gpu_missing() -> str | None:
+    """Why there is no usable GPU; None where there is one."""
+    return None if _device.has_gpu_kernels() else "no GPU that the kernels run on (CuPy, driver, compute capability 8.0)"
+
+
+@dataclass
+class Frame:
+    """A matrix inside a larger one; what surrounds it must stay as it is."""
+
+    view: Any
+    base: Any
+    before: np.ndarray
+    inside: tuple[slice, slice]
+
+    def check(self, engine: Engine, what: str = "output") -> np.ndarray:
+        """The matrix as NumPy, after checking that nothing around it was written."""
+        after = engine.numpy(self.base)
+        changed = after.view(np.uint8).reshape(*after.shape, -1) != self.before.view(np.uint8).reshape(
+            *after.shape, -1
+        )
+        touched = changed.any(-1)
+        touched[self.inside] = False
+        assert not touched.any(), f"{what}: wrote outside its rows, first at {np.argwhere(touched)[0].tolist()} of the base"
+        return np.array(after[self.inside])
+
+
+def frame(engine: Engine, host: np.ndarray, left: int = 0, right: int = 0) -> Frame:
+    """``host`` with NaN around it: ``left`` and ``right`` columns and, where there are any, a row above and below.
+
+    Without columns around it the matrix is an allocation of its own, which the ``simt`` engine guards.
+    """
+    rows, columns = host.shape
+    if left == right == 0:
+        base = engine.array(host)
+        return Frame(base, base, np.array(host), (slice(0, rows), slice(0, columns)))
+    poisoned = np.full((rows + 2, left + columns + right), np.nan, host.dtype)
+    inside = (slice(1, rows + 1), slice(left, left + columns))
+    poisoned[inside] = host
+    base = engine.array(poisoned)
+    return Frame(base[inside], base, poisoned, inside)
