@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cupy_lora import _jit
-from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, Array
+from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, Array
 
 PACKAGE = Path(_jit.__file__).resolve().parent
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -85,3 +85,20 @@ def norm_kernels(norm: Any, arch: int, sm_count: int) -> Iterator[Named]:
     for columns in (4096, 20000, 65536):
         yield case(columns, BFLOAT16, BFLOAT16, offset=2, fused=True)
         yield case(columns, FLOAT32, FLOAT32, pad=1)
+
+
+@family("paged_kv")
+def paged_kv_kernels(paged_kv: Any, arch: int, sm_count: int) -> Iterator[Named]:
+    del arch, sm_count  # the same plan everywhere
+    shapes = ((1, 64, 16), (2, 128, 1), (8, 128, 16), (8, 96, 16), (5, 80, 7), (32, 128, 32), (3, 256, 64), (1, 8, 3))
+    for heads, head_dim, page in shapes:
+        for dtype in (BFLOAT16, FLOAT32) if head_dim == 128 else (BFLOAT16,):
+            for offset in (0, 2) if heads == 8 and dtype == BFLOAT16 else (0,):
+                for new in (False, True):
+                    k, v = (array((6, heads, head_dim), dtype, offset=offset) for _ in range(2))
+                    pointers, pages, last = array((9,), INT64), array((4,), INT32), array((3,), INT32)
+                    indptr = array((4,), INT32) if new else None
+                    launch = paged_kv.plan_write_kv(pointers, pages, last, k, v, indptr, 1, page)
+                    unaligned = "-unaligned" if offset else ""
+                    name = f"{'init' if new else 'append'}-h{heads}-d{head_dim}-p{page}-{_SHORT[dtype.name]}{unaligned}"
+                    yield name, launch.kernel
