@@ -259,7 +259,7 @@ CUPY_LORA_DEVICE i64 row_offset(i64 row, i64 inner, const Strides& strides) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) rms_norm(const T* input, T* residual,
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) rms_norm(const T* input, T* residual,
                                                              const W* __restrict__ weight, T* out, i64 rows,
                                                              i64 inner, Strides input_strides,
                                                              Strides residual_strides, Strides out_strides,

@@ -128,9 +128,7 @@ def fused_add_rms_norm(input: Any, residual: Any, weight: Any, epsilon: float = 
     return input, residual
 
 
-def _run(
-    device: int, first: Any, second: Any, x: Array, r: Array | None, w: Array, o: Array, epsilon: float
-) -> None:
+def _run(device: int, first: Any, second: Any, x: Array, r: Array | None, w: Array, o: Array, epsilon: float) -> None:
     if device == CPU and not _jit.has_host_runner():
         from .reference import norm
 
@@ -234,7 +232,7 @@ def choose_rms_norm(columns: int, itemsize: int, arch: int) -> RmsNormConfig:
         return RmsNormConfig(threads, threads, 2, 0, 0)
     threads = 512
     per_thread = -(-vecs // threads)
-    in_registers = min(per_thread, 8)  # more of them spill
+    in_registers = min(per_thread, 6)  # more of them spill
     room = (shared_limit(arch) - 256) // (16 * threads)
     in_shared = min(per_thread - in_registers, room)
     return RmsNormConfig(threads, threads, in_registers, in_shared, per_thread - in_registers - in_shared)
