@@ -265,8 +265,10 @@ class Ops:
         mean = (wide * wide).mean(axis=-1, keepdims=True)
         return self.store(wide / self.xp.sqrt(mean + self.xp.float32(self.config.rms_norm_eps)) * weight)
 
-    def add(self, x: XpArray, y: XpArray) -> XpArray:
-        return self.store(self.widen(x) + self.widen(y))
+    def add_rms_norm(self, x: XpArray, residual: XpArray, weight: XpArray) -> tuple[XpArray, XpArray]:
+        """``residual + x``, and the norm of that."""
+        total = self.store(self.widen(residual) + self.widen(x))
+        return total, self.rms_norm(total, weight)
 
     def weight(self, layer: int, group: str) -> XpArray:
         return self.model.layers[layer].weight[group]
@@ -340,11 +342,13 @@ def forward(ops: Ops, batch: Batch, rows: XpArray) -> XpArray:
     model = ops.model
     ops.begin(batch)
     hidden = ops.store(model.embed[batch.tokens])
-    for i, layer in enumerate(model.layers):
-        qkv = ops.linear(ops.rms_norm(hidden, layer.input_norm), i, "qkv")
-        hidden = ops.add(hidden, ops.linear(ops.attention(qkv, i, batch), i, "o"))
-        gate_up = ops.linear(ops.rms_norm(hidden, layer.post_norm), i, "gate_up")
-        hidden = ops.add(hidden, ops.linear(ops.silu_mul(gate_up), i, "down"))
+    norms = [*(layer.input_norm for layer in model.layers[1:]), model.norm]  # what follows each layer
+    normed = ops.rms_norm(hidden, model.layers[0].input_norm)
+    for i, (layer, next_norm) in enumerate(zip(model.layers, norms, strict=True)):
+        attended = ops.attention(ops.linear(normed, i, "qkv"), i, batch)
+        hidden, normed = ops.add_rms_norm(ops.linear(attended, i, "o"), hidden, layer.post_norm)
+        gated = ops.silu_mul(ops.linear(normed, i, "gate_up"))
+        hidden, normed = ops.add_rms_norm(ops.linear(gated, i, "down"), hidden, next_norm)
     for i, cache in enumerate(batch.caches):
         cache.length += batch.bounds[i + 1] - batch.bounds[i]
-    return ops.widen(ops.rms_norm(hidden[rows], model.norm)) @ model.head.T
+    return ops.widen(normed[rows]) @ model.head.T
