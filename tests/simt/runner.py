@@ -21,6 +21,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,12 @@ from cupy_lora import _jit, _paths
 
 PAGE = mmap.PAGESIZE
 _HERE = Path(__file__).resolve().parent
-_STACK = 256 << 10  # bytes per thread; as in simt.h
-_MAX_THREADS = 16 * 1024  # the largest cluster of the largest blocks
 _MAX_SHARED = 227 << 10  # bytes per block on sm_90
 _SECONDS = 120  # CPU time after which a launch counts as hanging
 _POISONS = (0xFF, 0x7E)  # of the two thread orders: what is read from outside differs between them
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-_libc.mmap.restype = ctypes.c_void_p
 
 
 class SimtError(RuntimeError):
@@ -66,13 +63,15 @@ class _Region(mmap.mmap):
         data[: self.start] = value
         data[self.stop :] = value
 
-    def check_poison(self, value: int) -> None:
+    def spoilt(self, value: int) -> str:
+        """What was written outside the array, or nothing."""
         data = self.bytes()
         before, after = data[: self.start] != value, data[self.stop :] != value
         if before.any():
-            raise SimtError(f"wrote {self.start - int(before.argmax())} bytes ahead of the {self.label}")
+            return f"wrote {self.start - int(before.argmax())} bytes ahead of the {self.label}"
         if after.any():
-            raise SimtError(f"wrote {int(after.argmax())} bytes past the end of the {self.label}")
+            return f"wrote {int(after.argmax())} bytes past the end of the {self.label}"
+        return ""
 
 
 _regions: weakref.WeakSet[_Region] = weakref.WeakSet()
@@ -117,7 +116,7 @@ def alloc(array: Any, edge: str = "end", align: int = 16, name: str = "array") -
 def _memory(launch: _jit.Launch) -> list[np.ndarray]:
     """The bytes that the launch may write, as far as they are known."""
     regions = list(_regions)
-    memory = [region.bytes() for region in regions]
+    memory = [region.bytes()[region.start : region.stop] for region in regions]
     for arg in launch.args:
         if hasattr(arg, "span"):
             low, high = arg.span
@@ -203,22 +202,27 @@ def cuda_include() -> Path:
 
 @functools.cache
 def _compiler() -> tuple[str, ...]:
-    """The command, without sources and defines."""
-    compiler = os.environ.get("CXX", "g++")
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fno-omit-frame-pointer", "-fno-strict-aliasing"]
-    command += ["-fwrapv", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused", "-U_FORTIFY_SOURCE"]
-    if os.environ.get("CUPY_LORA_SIMT_DEBUG"):
-        command += ["-O0", "-g3"]
-    elif os.environ.get("CUPY_LORA_SIMT_COVERAGE"):
-        command += ["-O0", "-g1", "--coverage"]
-    else:
-        command += ["-O1", "-g1"]
-    command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    """The command that builds a library, without sources and optimisation."""
+    # No GNU_UNIQUE: two specialisations define inline variables of one name and different values.
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
+    command += ["-fno-omit-frame-pointer", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+    command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-function"]
     with contextlib.suppress(OSError):
-        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())  # type: ignore[index]
-        if {"avx2", "fma", "bmi2", "f16c"} <= flags:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if flags and {"avx2", "bmi2", "f16c", "fma"} <= set(flags[1].split()):
             command.append("-march=x86-64-v3")
-    return (*command, "-DCUPY_LORA_SIMT", f"-I{_HERE}", f"-I{cuda_include()}")
+    return (*command, f"-I{_HERE}", f"-I{cuda_include()}")
+
+
+@functools.cache
+def _kernel_options() -> tuple[str, ...]:
+    """How kernels are compiled: misaligned accesses and indices outside local arrays trap."""
+    checks = ("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error", "-DCUPY_LORA_SIMT")
+    if os.environ.get("CUPY_LORA_SIMT_DEBUG"):
+        return ("-O0", "-g3", *checks)
+    if os.environ.get("CUPY_LORA_SIMT_COVERAGE"):
+        return ("-O0", "-g1", "--coverage", *checks)
+    return ("-O1", "-g1", *checks)
 
 
 def _closure(path: Path, folder: Path, seen: dict[Path, bytes]) -> None:
@@ -230,85 +234,98 @@ def _closure(path: Path, folder: Path, seen: dict[Path, bytes]) -> None:
             _closure((base / name.decode()).resolve(), folder, seen)
 
 
-def build(kernel: _jit.Kernel, folder: Path) -> Path:
-    """The library of one specialisation, built unless it is in the cache."""
-    source = f'#include "{kernel.source}.cu"\nSIMT_KERNEL({kernel.symbol})\n'
-    options = [f"-I{folder}", *(f"-D{name}={value}" for name, value in kernel.defines)]
+def _build(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Path:
+    """The library of a translation unit, built unless it is in the cache; safe among processes."""
     files: dict[Path, bytes] = {}
-    _closure((folder / f"{kernel.source}.cu").resolve(), folder, files)
-    digest = hashlib.sha256(repr((_compiler(), kernel.defines, source)).encode())
+    for include in re.findall(r'#include "([^"]+)"', unit):
+        for base in (folder, _HERE):
+            _closure((base / include).resolve(), folder, files)
+    digest = hashlib.sha256(repr((_compiler(), options, unit)).encode())
     for path in sorted(files, key=lambda p: p.name):
         digest.update(path.name.encode() + b"\0" + files[path] + b"\0")
-    stem = cache_folder() / f"{Path(kernel.source).name}-{digest.hexdigest()[:24]}"
-    library = stem.with_suffix(".so")
+    library = cache_folder() / f"{name}-{digest.hexdigest()[:24]}.so"
     if library.exists():
         return library
-    own = stem.with_name(f"{stem.name}.{os.getpid()}")
-    unit = own.with_suffix(f"{own.suffix}.cpp")
-    unit.write_text(source)
-    built = own.with_suffix(f"{own.suffix}.so")
-    result = subprocess.run([*_compiler(), *options, str(unit), "-o", str(built), "-ldl"], capture_output=True, text=True)
-    unit.unlink()
-    if result.returncode != 0:
-        raise RuntimeError(f"{kernel.source}.cu did not compile with {dict(kernel.defines)}:\n{result.stderr[:6000]}")
-    os.replace(built, library)
+    with tempfile.TemporaryDirectory(prefix="build_", dir=cache_folder()) as scratch:
+        source, built = Path(scratch) / f"{library.stem}.cpp", Path(scratch) / library.name
+        source.write_text(unit)
+        command = [*_compiler(), *options, f"-I{folder}", str(source), "-o", str(built), "-ldl"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise RuntimeError(f"{name} did not compile for the CPU:\n{' '.join(command)}\n{result.stderr[:6000]}")
+        built.replace(library)
     return library
+
+
+def build(kernel: _jit.Kernel, folder: Path) -> Path:
+    """The library of one specialisation, from the sources in ``folder``."""
+    unit = f'#include "{kernel.source}.cu"\nSIMT_KERNEL({kernel.symbol})\n'
+    defines = tuple(f"-D{name}={value}" for name, value in kernel.defines)
+    return _build(Path(kernel.source).name, unit, folder, (*_kernel_options(), *defines))
 
 
 # ---- launches ----------------------------------------------------------------------------------
 
 
 class _Config(ctypes.Structure):
-    """``simt::Config``."""
+    """``simt::Config`` of engine.cpp."""
 
     _fields_ = (
+        ("thread", ctypes.c_void_p),
+        ("arguments", ctypes.c_void_p),
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),
         ("cluster", ctypes.c_uint),
-        ("descending", ctypes.c_int),
-        ("early", ctypes.c_int),
-        ("seconds", ctypes.c_int),
+        ("descending", ctypes.c_uint),
+        ("early", ctypes.c_uint),
         ("poison", ctypes.c_uint),
-        ("stacks", ctypes.c_void_p),
-        ("stacks_mapped", ctypes.POINTER(ctypes.c_size_t)),
-        ("message", ctypes.c_char_p),
-        ("message_size", ctypes.c_size_t),
-        ("fault", ctypes.POINTER(ctypes.c_void_p)),
-        ("used_async", ctypes.POINTER(ctypes.c_int)),
+        ("seconds", ctypes.c_uint),
+        ("message_size", ctypes.c_uint),
+        ("used_async", ctypes.c_uint),
+        ("message", ctypes.c_void_p),
+        ("fault", ctypes.c_void_p),
     )
 
 
-@functools.cache
-def _stacks() -> int:
-    """Address space for the stacks of all threads of a cluster; simt.h makes usable what it needs."""
-    private_anonymous_noreserve = 0x02 | 0x20 | 0x4000
-    address = _libc.mmap(None, _MAX_THREADS * _STACK, 0, private_anonymous_noreserve, -1, 0)
-    if address in (None, ctypes.c_void_p(-1).value):
-        raise OSError(ctypes.get_errno(), "mmap of the thread stacks")
-    return int(address)
+@dataclass(frozen=True)
+class _Library:
+    """A loaded specialisation."""
+
+    path: Path
+    handle: ctypes.CDLL
+    thread: int  # address of its simt_thread
+    signature: tuple[str, ...]  # kind and size of each parameter
 
 
-_stacks_mapped = ctypes.c_size_t(0)
 _lock = threading.RLock()
-_loaded: dict[tuple[Path, _jit.Kernel], tuple[Path, ctypes.PyDLL, list[str]]] = {}
+_loaded: dict[tuple[Path, _jit.Kernel], _Library] = {}
 
 
-def _load(kernel: _jit.Kernel) -> tuple[Path, ctypes.PyDLL, list[str]]:
+@functools.cache
+def _engine() -> ctypes.PyDLL:
+    # Kernels find the engine's functions in it. PyDLL keeps the interpreter's lock: a launch is not reentrant.
+    engine = ctypes.PyDLL(str(_build("engine", '#include "engine.cpp"\n', _HERE, ("-O2", "-g1"))), ctypes.RTLD_GLOBAL)
+    engine.simt_launch.restype = None
+    return engine
+
+
+def _load(kernel: _jit.Kernel) -> _Library:
     key = (sources(), kernel)
     if key not in _loaded:
+        _engine()
         path = build(kernel, sources())
-        library = ctypes.PyDLL(str(path))
-        library.simt_signature.restype = ctypes.c_char_p
-        library.simt_launch.restype = None
-        _loaded[key] = path, library, library.simt_signature().decode().rstrip(",").split(",")
+        handle = ctypes.CDLL(str(path))
+        handle.simt_signature.restype = ctypes.c_char_p
+        signature = tuple(handle.simt_signature().decode().split())
+        thread = ctypes.cast(handle.simt_thread, ctypes.c_void_p).value or 0
+        _loaded[key] = _Library(path, handle, thread, signature)
     return _loaded[key]
 
 
-def _arguments(launch: _jit.Launch, signature: list[str]) -> Any:
-    """An array of pointers to the arguments; each must have the kind and size of its parameter."""
+def _arguments(launch: _jit.Launch, signature: tuple[str, ...]) -> tuple[Any, list[np.ndarray]]:
+    """Pointers to the arguments, and what they point to; each must have the kind and size of its parameter."""
     name = f"{launch.kernel.source}.{launch.kernel.symbol}"
-    signature = [code for code in signature if code]
     if len(launch.args) != len(signature):
         raise SimtError(f"{name}: expected {len(signature)} arguments, got {len(launch.args)}")
     values: list[Any] = []
@@ -336,7 +353,7 @@ def _symbolised(text: str, library: Path) -> str:
         for address in addresses:
             out = subprocess.run([tool, "-i", "-e", str(library), address], capture_output=True, text=True).stdout
             lines = [Path(line.split(" ")[0]).name for line in out.splitlines()]
-            kept = [line for line in lines if line.split(":")[0].endswith((".cu", ".cuh")) and not line.startswith("ptx")]
+            kept = [line for line in lines if re.match(r"(?!ptx\.)[^:]*\.cuh?:", line)]
             places[address] = " < ".join(kept)
 
     def replace(match: re.Match[str]) -> str:
@@ -347,36 +364,44 @@ def _symbolised(text: str, library: Path) -> str:
     return re.sub(r"(?:@[0-9a-f]+)+", replace, text)
 
 
-def _run_once(
-    launch: _jit.Launch, path: Path, library: ctypes.PyDLL, pointers: Any, descending: bool, early: bool
-) -> bool:
+def _run_once(launch: _jit.Launch, library: _Library, pointers: Any, descending: bool, early: bool) -> bool:
     """One run; True where the kernel used asynchronous copies or stores."""
-    message = ctypes.create_string_buffer(1 << 14)
-    fault, used_async = ctypes.c_void_p(), ctypes.c_int()
     kernel, poison = launch.kernel, _POISONS[descending]
     regions = list(_regions)
     for region in regions:
         region.poison(poison)
+    message = ctypes.create_string_buffer(1 << 14)
     config = _Config(
-        (ctypes.c_uint * 3)(*launch.grid), kernel.block, kernel.shared, kernel.cluster, descending, early, _SECONDS,
-        poison, _stacks(), ctypes.pointer(_stacks_mapped), ctypes.cast(message, ctypes.c_char_p), len(message),
-        ctypes.pointer(fault), ctypes.pointer(used_async),
-    )  # fmt: skip
-    library.simt_launch(ctypes.byref(config), pointers)
-    how = f"{'descending' if descending else 'ascending'} thread order{', early copies' if early else ''}"
+        thread=library.thread,
+        arguments=ctypes.addressof(pointers),
+        grid=launch.grid,
+        block=kernel.block,
+        shared=kernel.shared,
+        cluster=kernel.cluster,
+        descending=descending,
+        early=early,
+        poison=poison,
+        seconds=_SECONDS,
+        message_size=len(message),
+        message=ctypes.addressof(message),
+    )
+    _engine().simt_launch(ctypes.byref(config))
     text = message.value.decode(errors="replace")
-    where = f"{kernel.source}.{kernel.symbol} ({how})"
     if text:
-        text = _symbolised(text, path)
-        if fault.value is not None:
-            text = text.replace("; ", f"{_place(fault.value)}; ", 1)
-        raise SimtError(f"{where}: {text}")
+        text = _symbolised(text, library.path)
+        if config.fault is not None:
+            text = text.replace("; ", f"{_place(config.fault)}; ", 1)
+        raise SimtError(f"{_name(launch, descending, early)}: {text}")
     for region in regions:
-        try:
-            region.check_poison(poison)
-        except SimtError as error:
-            raise SimtError(f"{where}: {error}") from None
-    return bool(used_async.value)
+        wrong = region.spoilt(poison)
+        if wrong:
+            raise SimtError(f"{_name(launch, descending, early)}: {wrong}")
+    return bool(config.used_async)
+
+
+def _name(launch: _jit.Launch, descending: bool, early: bool) -> str:
+    order, copies = "descending" if descending else "ascending", "early" if early else "late"
+    return f"{launch.kernel.source}.{launch.kernel.symbol} ({order} thread order, {copies} copies)"
 
 
 def _check(launch: _jit.Launch) -> None:
@@ -397,25 +422,19 @@ def run(launch: _jit.Launch) -> None:
         return
     _check(launch)
     with _lock:
-        path, library, signature = _load(launch.kernel)
-        pointers, _values = _arguments(launch, signature)
+        library = _load(launch.kernel)
+        pointers, _values = _arguments(launch, library.signature)
         memory = _memory(launch)
         before = [data.copy() for data in memory]
-        first: list[np.ndarray] | None = None
-        modes = [(False, False), (True, False)]
-        while modes:
-            descending, early = modes.pop(0)
-            if first is not None:
-                for data, old in zip(memory, before, strict=True):
-                    data[:] = old
-            used_async = _run_once(launch, path, library, pointers, descending, early)
-            for region in _regions:
-                region.poison(_POISONS[0])
-            if first is None:
-                first = [data.copy() for data in memory]
-                if used_async:
-                    modes += [(False, True), (True, True)]
-                continue
+        if _run_once(launch, library, pointers, descending=False, early=False):
+            others = [(True, False), (False, True), (True, True)]
+        else:
+            others = [(True, False)]
+        first = [data.copy() for data in memory]
+        for descending, early in others:
+            for data, old in zip(memory, before, strict=True):
+                data[:] = old
+            _run_once(launch, library, pointers, descending, early)
             for data, expected in zip(memory, first, strict=True):
                 if not np.array_equal(data, expected):
                     _raise_difference(launch, data, expected, descending, early)
@@ -431,7 +450,6 @@ def _raise_difference(
         if region.address <= at < region.address + region.size:
             label = f"byte {at - region.address - region.start} of the {region.label}"
     raise SimtError(
-        f"{launch.kernel.source}.{launch.kernel.symbol}: {different.size} bytes differ, the first is {label}, between "
-        f"ascending thread order and {'descending' if descending else 'ascending'} order{' with early copies' if early else ''}: "
-        "a race, or memory read from outside an array"
+        f"{_name(launch, descending, early)}: a race, or memory read from outside an array: {different.size} bytes are "
+        f"not those of ascending thread order with late copies, the first is {label}"
     )
