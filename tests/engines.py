@@ -86,7 +86,9 @@ def running(name: str) -> Iterator[Engine]:
 
 def gpu_missing() -> str | None:
     """Why there is no usable GPU; None where there is one."""
-    return None if _device.has_gpu_kernels() else "no GPU that the kernels run on (CuPy, driver, compute capability 8.0)"
+    return (
+        None if _device.has_gpu_kernels() else "no GPU that the kernels run on (CuPy, driver, compute capability 8.0)"
+    )
 
 
 @dataclass
@@ -101,12 +103,12 @@ class Frame:
     def check(self, engine: Engine, what: str = "output") -> np.ndarray:
         """The matrix as NumPy, after checking that nothing around it was written."""
         after = engine.numpy(self.base)
-        changed = after.view(np.uint8).reshape(*after.shape, -1) != self.before.view(np.uint8).reshape(
-            *after.shape, -1
-        )
-        touched = changed.any(-1)
+        raw = np.dtype(f"u{after.itemsize}")
+        touched = after.view(raw) != self.before.view(raw)
         touched[self.inside] = False
-        assert not touched.any(), f"{what}: wrote outside its rows, first at {np.argwhere(touched)[0].tolist()} of the base"
+        assert not touched.any(), (
+            f"{what}: wrote outside its rows, first at {np.argwhere(touched)[0].tolist()} of the base"
+        )
         return np.array(after[self.inside])
 
 

@@ -29,7 +29,9 @@ def check(actual: np.ndarray, exact: np.ndarray) -> None:
     error = np.abs(actual.astype(np.float64) - exact)
     # 2^-10: bfloat16 is rounded by way of float32, so a tie may go either way. 2^-25: float16 subnormals.
     least = 2.0**-25 if actual.dtype == np.float16 else 0.0
-    assert np.all(error <= tolerance.unit(actual.dtype) * np.abs(exact) * (1 + 2**-10) + 1e-12 * (1 + np.abs(exact)) + least)
+    assert np.all(
+        error <= tolerance.unit(actual.dtype) * np.abs(exact) * (1 + 2**-10) + 1e-12 * (1 + np.abs(exact)) + least
+    )
 
 
 def one_row_weights(w: np.ndarray, slot: int) -> np.ndarray:
