@@ -113,9 +113,7 @@ def warmup(options: argparse.Namespace) -> int:
     if one_layer == (options.model is not None):
         raise ValueError("warmup: expected --model, or --in-features with --out-features, got neither or both")
     if not has_gpu_kernels():
-        raise ValueError(
-            "warmup: expected a machine with a GPU and CuPy (there is nothing to compile without), got none"
-        )
+        raise ValueError("warmup: expected a GPU and CuPy (without them there is nothing to compile), got none")
     import cupy
 
     if one_layer:

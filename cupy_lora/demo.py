@@ -26,7 +26,7 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32
 from ._llama import GROUPS, Batch, KvCache, Llama, LlamaConfig, Ops, Xp, XpArray, forward, read_config
-from .peft import PeftAdapter, load_peft
+from .peft import PeftAdapter, load_peft, safetensors_package
 
 ADAPTERS = Path(__file__).resolve().parent / "data" / "adapters"
 DTYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
@@ -80,8 +80,7 @@ def write_demo_model(path: Path) -> None:
     """Write the demo checkpoint in Hugging Face's layout, unless it is there."""
     if (path / "config.json").is_file():
         return
-    from safetensors.numpy import save_file
-
+    safetensors = safetensors_package()
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -98,7 +97,7 @@ def write_demo_model(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     # The config comes last and by a rename: a run that was cut short leaves no model that looks whole.
     with tempfile.TemporaryDirectory(dir=path) as scratch:
-        save_file(demo_tensors(), Path(scratch) / "model", metadata={"format": "pt"})
+        safetensors.numpy.save_file(demo_tensors(), Path(scratch) / "model", metadata={"format": "pt"})
         (Path(scratch) / "config").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (Path(scratch) / "model").replace(path / "model.safetensors")
         (Path(scratch) / "config").replace(path / "config.json")
@@ -433,7 +432,7 @@ def run(options: argparse.Namespace) -> int:
     console.print(f"{decoded} tokens in {seconds:.2f} s: {decoded / seconds:.0f} tokens/s")
     if failed:
         console.print(
-            f"[bold red]{len(failed)} requests differ from their merged model by more than rounding:[/] {failed}"
+            f"[bold red]{len(failed)} requests are further from their merged model than rounding:[/] {failed}"
         )
         return 1
     console.print(f"all {len(requests)} requests agree with their merged model within the rounding of {options.dtype}")

@@ -273,6 +273,19 @@ def load_peft(path: str | Path, *, dtype: Any = None) -> PeftAdapter:
     return PeftAdapter(folder, modules, tuple(config.unused(modules)), config.flag("fan_in_fan_out"))
 
 
+def safetensors_package() -> Any:
+    """The package safetensors; RuntimeError with what to install where it is missing."""
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise RuntimeError(
+            "cupy_lora: the package safetensors is needed to read adapters: expected it to be installed "
+            f"(pip install 'cupy-lora[peft]'), got ImportError: {error}"
+        ) from error
+    return safetensors
+
+
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file as a NumPy array, bfloat16 included.
 
@@ -284,22 +297,16 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     RuntimeError
         If the package safetensors is not installed.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise RuntimeError(
-            "cupy_lora: the package safetensors is needed to read adapters: expected it to be installed "
-            f"(pip install 'cupy-lora[peft]'), got ImportError: {error}"
-        ) from error
+    safetensors = safetensors_package()
     names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safetensors.safe_open(path, framework="numpy") as file:
             for key in file.keys():  # noqa: SIM118 (the file is not a mapping)
                 stored = file.get_slice(key).get_dtype()
                 if stored not in names:
                     raise ValueError(f"{key}: expected a tensor of {' or '.join(names)}, got {stored}")
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path}: expected a whole safetensors file, got: {error}") from error
 
 
