@@ -1,0 +1,107 @@
+// One small kernel for each group of wrappers in ptx.cuh: tests/test_ptx.py runs them on the CPU and on the GPU.
+#include "common.cuh"
+
+extern "C" __global__ void halves_from_floats(const float* in, u32* bf16x2, u32* f16x2, float* tf32, i32 n) {
+    const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= n) return;
+    bf16x2[i] = ptx::bf16x2_from_floats(in[2 * i], in[2 * i + 1]);
+    f16x2[i] = ptx::f16x2_from_floats(in[2 * i], in[2 * i + 1]);
+    tf32[2 * i] = ptx::tf32_from_float(in[2 * i]);
+    tf32[2 * i + 1] = ptx::tf32_from_float(in[2 * i + 1]);
+}
+
+extern "C" __global__ void floats_from_f16(const u16* in, float* out) {
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    out[i] = ptx::float_from_f16(in[i]);
+}
+
+// C (16 x 8) += A (16 x 16) B (16 x 8), all row-major here; the fragments are cut by the table in the PTX ISA.
+template <class Half>
+CUPY_LORA_DEVICE void multiply(const u16* a, const u16* b, float* c) {
+    const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+    const auto pair = [](u16 low, u16 high) { return static_cast<u32>(low) | static_cast<u32>(high) << 16; };
+    const auto of_a = [&](int row, int k) { return pair(a[row * 16 + k], a[row * 16 + k + 1]); };
+    const auto of_b = [&](int k) { return pair(b[k * 8 + g], b[(k + 1) * 8 + g]); };
+    float* const rows[2] = {c + g * 8 + 2 * t, c + (g + 8) * 8 + 2 * t};
+    float sum[4] = {rows[0][0], rows[0][1], rows[1][0], rows[1][1]};
+    ptx::mma_m16n8k16(sum, of_a(g, 2 * t), of_a(g + 8, 2 * t), of_a(g, 2 * t + 8), of_a(g + 8, 2 * t + 8), of_b(2 * t),
+                      of_b(2 * t + 8), Half{});
+    rows[0][0] = sum[0], rows[0][1] = sum[1], rows[1][0] = sum[2], rows[1][1] = sum[3];
+}
+
+extern "C" __global__ void mma_bf16(const u16* a, const u16* b, float* c) { multiply<bf16>(a, b, c); }
+extern "C" __global__ void mma_f16(const u16* a, const u16* b, float* c) { multiply<f16>(a, b, c); }
+
+// C (16 x 8) += A (16 x 8) B (8 x 8).
+extern "C" __global__ void mma_tf32(const float* a, const float* b, float* c) {
+    const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+    float* const rows[2] = {c + g * 8 + 2 * t, c + (g + 8) * 8 + 2 * t};
+    float sum[4] = {rows[0][0], rows[0][1], rows[1][0], rows[1][1]};
+    ptx::mma_m16n8k8_tf32(sum, a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4], a[(g + 8) * 8 + t + 4], b[t * 8 + g],
+                          b[(t + 4) * 8 + g]);
+    rows[0][0] = sum[0], rows[0][1] = sum[1], rows[1][0] = sum[2], rows[1][1] = sum[3];
+}
+
+extern "C" __global__ void load_once(const uint4* in, uint4* out) {
+    const u32 i = threadIdx.x;
+    out[i] = ptx::load_once_16(in + i);
+    uint2 halves[2] = {ptx::load_once_8(reinterpret_cast<const uint2*>(in + 32 + i)),
+                       ptx::load_once_8(reinterpret_cast<const uint2*>(in + 32 + i) + 1)};
+    out[32 + i] = make_uint4(halves[0].x, halves[0].y, halves[1].x, halves[1].y);
+}
+
+// A ring of three stages over `steps` rows of blockDim.x vectors; rows from `valid` on come as zeros.
+extern "C" __global__ void copy_async(const uint4* in, uint4* out, i32 steps, i32 valid) {
+    CUPY_LORA_SHARED(shared);
+    uint4* const ring = reinterpret_cast<uint4*>(shared);
+    const int width = static_cast<int>(blockDim.x), tid = static_cast<int>(threadIdx.x);
+    const auto fetch = [&](int step) {
+        uint4* const to = ring + step % 3 * width + tid;
+        if (step < steps && step % 2) ptx::copy_async_16(to, in + static_cast<i64>(step) * width + tid, step < valid);
+        else if (step < valid) ptx::copy_async_16(to, in + static_cast<i64>(step) * width + tid);
+        else if (step < steps) ptx::copy_async_16(to, nullptr, false);
+        ptx::copy_async_commit();
+    };
+    fetch(0);
+    fetch(1);
+    for (int step = 0; step < steps; ++step) {
+        ptx::copy_async_wait<1>();
+        __syncthreads();  // everyone's part of this step has landed, and everyone has left the stage fetched next
+        fetch(step + 2);
+        out[static_cast<i64>(step) * width + tid] = ring[step % 3 * width + (tid + 1) % width];
+    }
+}
+
+#ifdef BLOCKS
+// Each block sends its row of `in` to every block of the cluster, `rounds` times over; `out` is, for each
+// block and round, the rows of all blocks as they arrived there.
+extern "C" __global__ void CUPY_LORA_CLUSTER(BLOCKS) exchange(const uint4* in, uint4* out, i32 rounds) {
+    CUPY_LORA_SHARED(shared);
+    u64* const barriers = reinterpret_cast<u64*>(shared);
+    uint4* const received = reinterpret_cast<uint4*>(shared + 128);  // [2][BLOCKS][width]
+    const u32 width = blockDim.x, tid = threadIdx.x, block = blockIdx.x % BLOCKS;
+    if (tid == 0) {
+        ptx::mbarrier_init(barriers, 1);
+        ptx::mbarrier_init(barriers + 1, 1);
+        ptx::mbarrier_init_fence();
+    }
+    ptx::cluster_arrive_relaxed();
+    ptx::cluster_wait();
+    for (int round = 0; round < rounds; ++round) {
+        const u32 half = static_cast<u32>(round) & 1;
+        uint4* const rows = received + half * BLOCKS * width;
+        if (tid == 0) ptx::mbarrier_expect(barriers + half, BLOCKS * width * 16);
+        for (u32 peer = 0; peer < BLOCKS; ++peer) {
+            uint4 v = in[block * width + tid];
+            v.x += static_cast<u32>(round);
+            ptx::store_async_16(ptx::map_shared(rows + block * width + tid, peer), v, ptx::map_shared(barriers + half, peer));
+        }
+        ptx::mbarrier_wait(barriers + half, static_cast<u32>(round) >> 1 & 1);
+        for (u32 i = 0; i < BLOCKS; ++i) {
+            out[((block * static_cast<u32>(rounds) + static_cast<u32>(round)) * BLOCKS + i) * width + tid] =
+                rows[i * width + tid];
+        }
+        __syncthreads();  // the half is written again two rounds on, after every block has sent in between
+    }
+}
+#endif

@@ -1,0 +1,170 @@
+"""Each wrapper of cuda_src/ptx.cuh: the GPU's instruction and the CPU's body against NumPy, by the same tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import engines
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupy_lora import _jit, _paths
+from cupy_lora._arrays import CPU, view
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+KERNELS = Path(__file__).with_suffix("").parent / "ptx_kernels.cu"
+
+
+def launch(
+    engine: engines.Engine,
+    symbol: str,
+    *args: Any,
+    grid: int = 1,
+    block: int = 32,
+    shared: int = 0,
+    blocks: int = 0,
+) -> None:
+    device = CPU if engine.name == "simt" else 0
+    defines = (("BLOCKS", blocks),) if blocks else ()
+    kernel = _jit.Kernel("../tests/ptx_kernels", symbol, defines, block, shared, max(blocks, 1))
+    passed = tuple(arg if isinstance(arg, np.generic) else view("argument", arg) for arg in args)
+    _jit.run(_jit.Launch(kernel, (grid, 1, 1), passed), device)
+
+
+def floats() -> np.ndarray:
+    """Every sign and exponent with the fractions that decide the rounding to 16 bits and tf32, and a random rest."""
+    tie = [1 << bit for bit in (11, 12, 13, 14, 15, 16)]
+    fractions = {0, 1, (1 << 23) - 1}
+    for t in tie:
+        fractions |= {t - 1, t, t + 1, 3 * t - 1, 3 * t, 3 * t + 1, (1 << 23) - t, (1 << 23) - t - 1, (1 << 23) - t + 1}
+    exponents = np.arange(256, dtype=np.uint32) << 23
+    bits = exponents[:, None] | np.array(sorted(fractions), np.uint32)[None, :]
+    bits = np.concatenate([bits.ravel(), bits.ravel() | np.uint32(1 << 31)])
+    rest = np.random.default_rng(5).integers(0, 1 << 32, 20000, dtype=np.uint32)
+    return np.concatenate([bits, rest]).view(np.float32)
+
+
+def assert_same_halves(got: np.ndarray, expected: np.ndarray) -> None:
+    """Equal bits; any NaN for a NaN."""
+    nan = np.isnan(expected.astype(np.float32))
+    assert np.isnan(got[nan].astype(np.float32)).all()
+    np.testing.assert_array_equal(got[~nan].view(np.uint16), expected[~nan].view(np.uint16))
+
+
+def test_floats_are_rounded_to_halves_and_tf32(kernels: engines.Engine) -> None:
+    values = floats()
+    # CuPy flushes float32 subnormals to zero (-ftz=true); the CPU does not.
+    values = values[(np.abs(values) >= np.finfo(np.float32).tiny) | (values == 0) | np.isnan(values)]
+    values = values[: len(values) // 2 * 2]
+    pairs = len(values) // 2
+    bf, half = (kernels.array(np.zeros(pairs, np.uint32)) for _ in range(2))
+    tf32 = kernels.array(np.zeros_like(values))
+    x = kernels.array(values)
+    launch(kernels, "halves_from_floats", x, bf, half, tf32, np.int32(pairs), grid=-(-pairs // 128), block=128)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert_same_halves(kernels.numpy(bf).view(BFLOAT16), values.astype(BFLOAT16))
+        assert_same_halves(kernels.numpy(half).view(np.float16), values.astype(np.float16))
+    got, finite = kernels.numpy(tf32), np.isfinite(values)
+    assert np.isnan(got[np.isnan(values)]).all()
+    np.testing.assert_array_equal(got[np.isinf(values)], values[np.isinf(values)])
+    # Ties away from zero: add half of the last place kept to the magnitude, cut the 13 bits below it.
+    expected = (values.view(np.uint32).astype(np.uint64) + 0x1000 & ~np.uint64(0x1FFF)).astype(np.uint32)
+    np.testing.assert_array_equal(got[finite].view(np.uint32), expected[finite])
+
+
+def test_every_half_becomes_its_float(kernels: engines.Engine) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    out = kernels.array(np.zeros(1 << 16, np.float32))
+    launch(kernels, "floats_from_f16", kernels.array(bits), out, grid=1 << 8, block=1 << 8)
+    expected, got = bits.view(np.float16).astype(np.float32), kernels.numpy(out)
+    nan = np.isnan(expected)
+    assert np.isnan(got[nan]).all()
+    np.testing.assert_array_equal(got[~nan].view(np.uint32), expected[~nan].view(np.uint32))
+
+
+@pytest.mark.parametrize("symbol", ["mma_bf16", "mma_f16", "mma_tf32"])
+def test_mma_puts_every_element_where_the_isa_says(kernels: engines.Engine, symbol: str) -> None:
+    dtype = {"mma_bf16": BFLOAT16, "mma_f16": np.dtype(np.float16), "mma_tf32": np.dtype(np.float32)}[symbol]
+    depth = 8 if symbol == "mma_tf32" else 16
+    rng = np.random.default_rng(7)
+    # Small integers: every product and sum is exact in float32, so a single misplaced element shows.
+    a, b = rng.integers(-8, 9, (16, depth)).astype(dtype), rng.integers(-8, 9, (depth, 8)).astype(dtype)
+    c = rng.integers(-100, 101, (16, 8)).astype(np.float32)
+    out = kernels.array(c)
+    raw = np.uint16 if dtype.itemsize == 2 else np.float32
+    launch(kernels, symbol, kernels.array(a.view(raw)), kernels.array(b.view(raw)), out)
+    np.testing.assert_array_equal(kernels.numpy(out), c + a.astype(np.float32) @ b.astype(np.float32))
+
+
+@pytest.mark.parametrize("symbol", ["mma_bf16", "mma_f16", "mma_tf32"])
+def test_mma_accumulates_in_float32(kernels: engines.Engine, symbol: str) -> None:
+    dtype = {"mma_bf16": BFLOAT16, "mma_f16": np.dtype(np.float16), "mma_tf32": np.dtype(np.float32)}[symbol]
+    depth = 8 if symbol == "mma_tf32" else 16
+    rng = np.random.default_rng(8)
+    a, b = rng.standard_normal((16, depth)).astype(dtype), rng.standard_normal((depth, 8)).astype(dtype)
+    if symbol == "mma_tf32":  # what the tensor core does not look at
+        a, b = ((v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for v in (a, b))
+    c = rng.standard_normal((16, 8)).astype(np.float32)
+    out = kernels.array(c)
+    raw = np.uint16 if dtype.itemsize == 2 else np.float32
+    launch(kernels, symbol, kernels.array(a.view(raw)), kernels.array(b.view(raw)), out)
+    wide = [v.astype(np.float64) for v in (a, b, c)]
+    # The tensor core aligns the products of one step to the largest and cuts what falls below 2**-24 of it or
+    # so: a few units in the last place of the sum of magnitudes.
+    bound = (np.abs(wide[0]) @ np.abs(wide[1]) + np.abs(wide[2])) * 2.0**-22
+    assert (np.abs(kernels.numpy(out) - (wide[0] @ wide[1] + wide[2])) <= bound).all()
+
+
+def test_mma_tf32_ignores_the_low_bits(kernels: engines.Engine) -> None:
+    rng = np.random.default_rng(9)
+    a, b = rng.integers(1, 9, (16, 8)).astype(np.float32), rng.integers(1, 9, (8, 8)).astype(np.float32)
+    dirty = [(v.view(np.uint32) | np.uint32(0x1FFF)).view(np.float32) for v in (a, b)]
+    out = kernels.array(np.zeros((16, 8), np.float32))
+    launch(kernels, "mma_tf32", *(kernels.array(v) for v in dirty), out)
+    np.testing.assert_array_equal(kernels.numpy(out), a @ b)
+
+
+def test_loads_that_keep_out_of_l1(kernels: engines.Engine) -> None:
+    values = np.random.default_rng(10).integers(0, 1 << 32, (64, 4), dtype=np.uint32)
+    out = kernels.array(np.zeros_like(values))
+    launch(kernels, "load_once", kernels.array(values), out)
+    np.testing.assert_array_equal(kernels.numpy(out), values)
+
+
+@pytest.mark.parametrize(("steps", "valid"), [(1, 1), (2, 1), (7, 7), (8, 5), (3, 0)])
+def test_asynchronous_copies(kernels: engines.Engine, steps: int, valid: int) -> None:
+    width = 64
+    # Only the rows that are read exist: an array's end is at a guard page.
+    values = np.random.default_rng(11).integers(0, 1 << 32, (valid, width, 4), dtype=np.uint32)
+    out = kernels.array(np.full((steps, width, 4), 0xABABABAB, np.uint32))
+    args = (kernels.array(values), out, np.int32(steps), np.int32(valid))
+    launch(kernels, "copy_async", *args, block=width, shared=3 * width * 16)
+    expected = np.zeros((steps, width, 4), np.uint32)
+    expected[:valid] = np.roll(values, -1, axis=1)
+    np.testing.assert_array_equal(kernels.numpy(out), expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_exchange_through_the_cluster(kernels: engines.Engine, blocks: int, rounds: int) -> None:
+    if kernels.name == "gpu" and _jit.device_facts(0).arch < 90:
+        pytest.skip("clusters need compute capability 9.0")
+    width, clusters = 32, 2
+    values = np.random.default_rng(12).integers(0, 1 << 30, (blocks, width, 4), dtype=np.uint32)
+    out = kernels.array(np.zeros((blocks, rounds, blocks, width, 4), np.uint32))
+    args = (kernels.array(values), out, np.int32(rounds))
+    shared = 128 + 2 * blocks * width * 16
+    launch(kernels, "exchange", *args, grid=clusters * blocks, block=width, shared=shared, blocks=blocks)
+    expected = np.broadcast_to(values, out.shape).copy()
+    expected[..., 0] += np.arange(rounds, dtype=np.uint32)[None, :, None, None]
+    np.testing.assert_array_equal(kernels.numpy(out), expected)
+
+
+def test_every_wrapper_is_tested() -> None:
+    wrappers = set(re.findall(r"^CUPY_LORA_DEVICE \w+ (\w+)\(", (_paths.cuda_src() / "ptx.cuh").read_text(), re.M))
+    wrappers.discard("shared_address")  # only inside the others
+    assert len(wrappers) > 10
+    assert wrappers <= set(re.findall(r"ptx::(\w+)", KERNELS.read_text()))
