@@ -6,26 +6,28 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cases
 import numpy as np
 
-from cupy_lora import _jit
+from cupy_lora import LoraBatch, _jit
 from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, Array
+from cupy_lora.lora_weights import RECORD
 
-PACKAGE = Path(_jit.__file__).resolve().parent
 ARCHS = (80, 86, 89, 90, 100, 120)
 SM_COUNTS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 
 Named = tuple[str, _jit.Kernel]
-_FAMILIES: dict[str, Callable[[Any, int, int], Iterator[Named]]] = {}
+Family = Callable[[Any, _jit.DeviceFacts], Iterator[Named]]
+_FAMILIES: dict[str, Family] = {}
 
 
-def family(module: str) -> Callable[[Callable[[Any, int, int], Iterator[Named]]], Callable[..., Iterator[Named]]]:
-    """Register a function (module, arch, SM count) -> (id, kernel) pairs for ``cupy_lora.<module>``."""
+def family(module: str) -> Callable[[Family], Family]:
+    """Register a function (module, facts of a GPU) -> (id, kernel) pairs for ``cupy_lora.<module>``."""
 
-    def register(function: Callable[[Any, int, int], Iterator[Named]]) -> Callable[..., Iterator[Named]]:
+    def register(function: Family) -> Family:
         _FAMILIES[module] = function
         return function
 
@@ -34,10 +36,11 @@ def family(module: str) -> Callable[[Callable[[Any, int, int], Iterator[Named]]]
 
 def kernels(arch: int) -> list[Named]:
     """Every distinct kernel for one architecture, with an id that says what asked for it."""
+    facts = _jit.DeviceFacts(arch, SM_COUNTS[arch])
     found: dict[_jit.Kernel, str] = {}
     for module, function in _FAMILIES.items():
-        for name, kernel in function(importlib.import_module(f"cupy_lora.{module}"), arch, SM_COUNTS[arch]):
-            found.setdefault(kernel, f"{module}-{name}")
+        for name, kernel in function(importlib.import_module(f"cupy_lora.{module}"), facts):
+            found.setdefault(kernel, f"{kernel.source}-{name}")
     return [(name, kernel) for kernel, name in found.items()]
 
 
@@ -62,14 +65,83 @@ _addresses = itertools.count(1 << 32, 1 << 32)  # far apart, 256-byte aligned
 _SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
 
+def padded(rows: int, columns: int, dtype: np.dtype[Any], pad: tuple[int, int]) -> Array:
+    """Rows with ``pad`` columns before and after each, as the cases have them."""
+    return array((rows, columns), dtype, (columns + sum(pad), 1), pad[0] * dtype.itemsize)
+
+
+@family("_lora_plan")
+def lora_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
+    for case in (*cases.ADD_LORA, *cases.ADD_LORA_LARGE):
+        if case.tokens:
+            yield f"add-{case.id}", add_lora_kernel(plan, case, facts)
+    for case in (*cases.STACKED, *cases.STACKED_LARGE):
+        if case.tokens:
+            yield from stacked_kernels(plan, case, facts)
+    for slices in (1, 2, 3):
+        yield f"set_slot-{slices}", set_slot_kernel(plan, slices, facts)
+    for max_tokens, max_adapters in ((1, 1), (256, 64), (8192, 512)):
+        batch = host_batch(max_tokens, max_adapters)
+        for dtype in (INT32, INT64):
+            slots = array((max_tokens,), dtype)
+            name = f"{max_tokens}x{max_adapters}-{dtype.name}"
+            yield f"tiles-{name}", plan.build_tiles(slots, batch).kernel
+            indptr = array((max_tokens + 1,), dtype)
+            yield f"segments-{name}", plan.build_segment_tiles(indptr, slots, batch).kernel
+
+
+def host_batch(max_tokens: int, max_adapters: int) -> LoraBatch:
+    """A batch whose lists are allocated, as on a GPU."""
+    batch = LoraBatch(max_tokens, max_adapters=max_adapters, device="cpu")
+    batch._allocate()
+    batch.num_tokens = max_tokens
+    return batch
+
+
+def add_lora_kernel(plan: Any, case: cases.Case, facts: _jit.DeviceFacts) -> _jit.Kernel:
+    ranks = {case.rank_of(slot, part) for slot in range(len(case.ranks)) for part in range(len(case.outs))} - {0}
+    weights = SimpleNamespace(  # what the plan reads of a LoraWeights: the adapters themselves would take gigabytes
+        rank_set=frozenset(ranks),
+        slices=case.outs,
+        width=sum(case.outs),
+        in_features=case.in_features,
+        dtype=cases.DTYPES[case.dtype],
+        table_view=array((len(case.ranks), len(case.outs), 4), INT64),
+    )
+    x = padded(case.tokens, case.in_features, cases.DTYPES[case.dtype], case.pad)
+    y = padded(case.tokens, sum(case.outs), cases.DTYPES[case.out], case.pad)
+    return plan.add_lora(y, x, weights, host_batch(case.tokens, len(case.ranks)), case.scale, facts).kernel
+
+
+def set_slot_kernel(plan: Any, slices: int, facts: _jit.DeviceFacts) -> _jit.Kernel:
+    records = np.zeros(slices, RECORD)
+    return plan.set_slot(array((4, slices, 4), INT64), 1, records, facts).kernel
+
+
+def stacked_kernels(plan: Any, case: cases.Stacked, facts: _jit.DeviceFacts) -> Iterator[Named]:
+    weight, other, index = cases.DTYPES[case.dtype], cases.DTYPES[case.other], np.dtype(case.index)
+    middle = (1,) if case.layers else ()
+    a = array((case.adapters, *middle, case.rank, case.wide), weight)
+    b = array((case.adapters, *middle, case.wide, case.rank), weight)
+    wide, narrow = (padded(case.tokens, case.wide, weight, case.pad), padded(case.tokens, case.rank, other, case.pad))
+    slots, starts, lengths = (array((case.tokens,), index) for _ in range(3))
+    rows = (starts, lengths, slots, case.tokens)
+    yield f"bgmv-shrink-{case.id}", plan.bgmv_shrink(wide, a, narrow, slots, 0.5, facts).kernel
+    yield f"sgmv-shrink-{case.id}", plan.sgmv_shrink(wide, a, narrow, *rows, 0.5, facts).kernel
+    for add in (False, True):
+        name = f"{case.id}-{'add' if add else 'set'}"
+        yield f"bgmv-expand-{name}", plan.bgmv_expand(narrow, b, wide, slots, 0, case.wide, add, facts).kernel
+        yield f"sgmv-expand-{name}", plan.sgmv_expand(narrow, b, wide, *rows, 0, case.wide, add, facts).kernel
+
+
 @family("norm")
-def norm_kernels(norm: Any, arch: int, sm_count: int) -> Iterator[Named]:
+def norm_kernels(norm: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
     def case(
         columns: int, dtype: np.dtype[Any], weight: np.dtype[Any], *, fused: bool = False, offset: int = 0, pad: int = 0
     ) -> Named:
         x, residual, out = (array((3, columns), dtype, (columns + pad, 1), offset) for _ in range(3))
         launch = norm.plan_rms_norm(
-            x, residual if fused else None, array((columns,), weight), out, 1e-6, arch=arch, sms=sm_count
+            x, residual if fused else None, array((columns,), weight), out, 1e-6, facts
         )
         unaligned = "-unaligned" if offset or pad else ""
         name = f"{columns}-{_SHORT[dtype.name]}-{_SHORT[weight.name]}{'-fused' if fused else ''}{unaligned}"
@@ -88,8 +160,8 @@ def norm_kernels(norm: Any, arch: int, sm_count: int) -> Iterator[Named]:
 
 
 @family("paged_kv")
-def paged_kv_kernels(paged_kv: Any, arch: int, sm_count: int) -> Iterator[Named]:
-    del arch, sm_count  # the same plan everywhere
+def paged_kv_kernels(paged_kv: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
+    del facts  # the same plan everywhere
     shapes = ((1, 64, 16), (2, 128, 1), (8, 128, 16), (8, 96, 16), (5, 80, 7), (32, 128, 32), (3, 256, 64), (1, 8, 3))
     for heads, head_dim, page in shapes:
         for dtype in (BFLOAT16, FLOAT32) if head_dim == 128 else (BFLOAT16,):
