@@ -29,7 +29,7 @@ class Kernel:
     Attributes
     ----------
     source : str
-        Stem of the file in cuda_src (``"rms_norm"`` is ``cuda_src/rms_norm.cu``).
+        Stem of the file in cuda_src (``"norm"`` is ``cuda_src/norm.cu``).
     symbol : str
         Name of the ``extern "C"`` kernel in it.
     defines : tuple of (str, int or str)
@@ -150,10 +150,23 @@ def device_arch(device: int) -> int:
     return arch
 
 
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What plans need to know of a GPU: compute capability (90 = 9.0) and number of multiprocessors."""
+
+    arch: int
+    sm_count: int
+
+
+RUNNER_FACTS = DeviceFacts(arch=90, sm_count=132)  # what the CPU runner stands for
+
+
 @functools.cache
-def sm_count(device: int) -> int:
-    """Number of multiprocessors of a GPU."""
-    return int(_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+def device_facts(device: int) -> DeviceFacts:
+    """The facts of a GPU; of an H100 or H200 for host memory (-1), which only the CPU runner launches over."""
+    if device < 0:
+        return RUNNER_FACTS
+    return DeviceFacts(device_arch(device), int(_cupy().cuda.Device(device).attributes["MultiProcessorCount"]))
 
 
 def _function(kernel: Kernel, device: int) -> Any:
@@ -177,7 +190,7 @@ def _function(kernel: Kernel, device: int) -> Any:
                 ) from error
             _modules[key] = module
         raw = module.get_function(kernel.symbol)
-        if kernel.shared > _DEFAULT_SHARED:
+        if kernel.shared > max(_DEFAULT_SHARED, raw.max_dynamic_shared_size_bytes):
             raw.max_dynamic_shared_size_bytes = kernel.shared
         function = raw.kernel
         if kernel.cluster > _PORTABLE_CLUSTER:

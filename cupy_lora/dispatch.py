@@ -6,12 +6,16 @@ No kernel of this library needs a padded rank, fails between two supported ranks
 from __future__ import annotations
 
 import sys
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from . import _env
 from ._lora_checks import integer
+
+if TYPE_CHECKING:
+    from ._jit import DeviceFacts
 
 MIN_SGMV_RANK: Final = 8
 MIN_RANK_CUSTOM: Final = 16
@@ -102,3 +106,69 @@ def orient_for_rank(t: Any, rank: int) -> Any:
     if torch is not None and isinstance(t, torch.Tensor):
         return t.transpose(0, 1)
     return t.swapaxes(0, 1)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """How one LoRA launch is shaped. Every config gives the same bits; they differ in speed.
+
+    Attributes
+    ----------
+    form : str
+        ``"direct"``: fragments straight from global memory, tiles of 8 rows;
+        ``"ring"``: staged through shared memory, tiles of 16 rows and more.
+    rows : int
+        Rows of a tile.
+    cluster : int
+        Blocks that share a tile; 1 before compute capability 9.0.
+    warps : int
+        Warps of a block.
+    stages : int
+        Depth of the ring; 0 for the direct form.
+    """
+
+    form: str
+    rows: int
+    cluster: int
+    warps: int
+    stages: int = 0
+
+
+def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
+    """The config of a shrink or an expand on its own, with this many tiles of at most 8 rows."""
+    return _direct(rank, tiles, facts)
+
+
+def choose_lora(
+    rank: int, tokens: int, tiles: dict[int, int], widths: tuple[int, ...], in_features: int, facts: DeviceFacts
+) -> LoraConfig:
+    """The config of a fused layer.
+
+    Parameters
+    ----------
+    rank : int
+        The largest rank that is loaded.
+    tokens : int
+        Rows of the batch.
+    tiles : dict of int to int
+        Tiles (at most) for each tile height that the batch has lists for.
+    widths : tuple of int
+        Columns of each slice of y.
+    in_features : int
+        Columns of x.
+    facts : DeviceFacts
+        Compute capability and number of multiprocessors.
+    """
+    del tokens, in_features
+    return _direct(rank, tiles[8] * len(widths), facts)
+
+
+def _direct(rank: int, clusters: int, facts: DeviceFacts) -> LoraConfig:
+    # Clusters that do not all fit cost a second wave: the fewer tiles, the more blocks share one.
+    if facts.arch < 90:
+        return LoraConfig("direct", 8, 1, 16 if rank <= 16 else 8)
+    if clusters * 8 <= 2 * facts.sm_count:
+        return LoraConfig("direct", 8, 8, 4 if rank <= 16 else 8)
+    if clusters * 4 <= 2 * facts.sm_count:
+        return LoraConfig("direct", 8, 4, 8)
+    return LoraConfig("direct", 8, 2, 16 if rank <= 16 else 8)

@@ -11,9 +11,14 @@ from ._arrays import CPU, INT32, INT64, Array, same_device, stream_for, view
 from ._lora_checks import debug_slots, host_copy, indices, integer
 from .reference.lora import segment_slots
 
-HEIGHTS: Final = (8, 16, 32, 64)
+_FEW_TOKENS: Final = 256
 TILE_HEADER: Final = 8  # int32 words before the row numbers: slot, rows in the tile, spare
 NUM_COUNTERS: Final = 8
+
+
+def tile_heights(max_tokens: int) -> tuple[int, ...]:
+    """The tile heights that a batch of this size keeps lists for."""
+    return (8, 16) if max_tokens <= _FEW_TOKENS else (8, 16, 32, 64)
 
 
 def tile_capacity(max_tokens: int, max_adapters: int, height: int) -> int:
@@ -39,11 +44,11 @@ class LoraBatch:
 
     Attributes
     ----------
-    num_tokens : int or None
-        Rows of the current batch; None where only the device knows (segments whose
-        ``indptr`` is on the device).
+    num_tokens : int
+        Rows of the current batch.
     indices : (max_tokens,) array, int32
-        Slot of each row, -1: none.
+        Slot of each row, -1: none. Kept for the CPU path and the loop path
+        (``DISABLE_SGMV=1``); where kernels run they use the tiles alone.
     tiles : dict of int to (capacity, 8 + height) array, int32
         By tile height: slot, rows in the tile, six spare words, then the row numbers,
         filled up with a valid row. Built on the device.
@@ -60,11 +65,15 @@ class LoraBatch:
         self.max_tokens = integer("max_tokens", max_tokens, 1, 2**31 - 1)
         self.max_adapters = integer("max_adapters", max_adapters, 1, 2**31 - 1)
         self.device = _device.resolve(device)
-        self.num_tokens: int | None = 0
+        self.num_tokens = 0
+        self.has_indices = True  # False after an update that only the kernels' lists show
+        self.heights = tile_heights(self.max_tokens)
         self.indices = _arrays.empty((self.max_tokens,), INT32, self.device)
         self.indices.fill(-1)
         self.counters: Any = None
         self.tiles: dict[int, Any] = {}
+        self.counter_view: Array | None = None
+        self._schedules: dict[int, tuple[Array, int]] = {}
         self._staging: Any = None
         if self.device != CPU:
             self._allocate()
@@ -73,9 +82,11 @@ class LoraBatch:
     def _allocate(self) -> None:
         self.counters = _arrays.empty((NUM_COUNTERS,), INT32, self.device)
         self.counters.fill(0)
-        for height in HEIGHTS:
+        for height in self.heights:
             capacity = tile_capacity(self.max_tokens, self.max_adapters, height)
             self.tiles[height] = _arrays.empty((capacity, TILE_HEADER + height), INT32, self.device)
+            self._schedules[height] = (view("tiles", self.tiles[height]), capacity)
+        self.counter_view = view("counters", self.counters)
         # Host indices land here: one slot per row, or indptr and slots of the segments.
         self._staging = _arrays.empty((2 * self.max_tokens + 1,), INT64, self.device)
 
@@ -124,8 +135,9 @@ class LoraBatch:
         slots : (num_segments,) array, int32 or int64
             As ``indices`` of :meth:`update`; on the same side (host or device) as ``indptr``.
         num_tokens : int, optional
-            Rows of the batch. Default: ``indptr[-1]`` where that is in host memory;
-            on a device it is left open, and the arrays passed to ``add_lora`` decide.
+            Rows of the batch, at least ``indptr[-1]``, which is the default. Needed where
+            ``indptr`` is on a device, as the host does not read it there; what lies
+            beyond it is cut off.
 
         Raises
         ------
@@ -145,29 +157,43 @@ class LoraBatch:
             raise ValueError(f"slots: expected at most {self.max_tokens} segments (max_tokens), got {count}")
         if num_tokens is not None:
             num_tokens = integer("num_tokens", num_tokens, 0, self.max_tokens)
+        elif starts.device != CPU:
+            raise ValueError("num_tokens: expected the number of rows, as indptr is on a device, got None")
         if starts.device == CPU or _env.DEBUG.on:
             num_tokens = _check_indptr(host_copy(starts), num_tokens, self.max_tokens)
         debug_slots("slots", owners, self.max_adapters)
+        assert num_tokens is not None
         if self.device == CPU:
-            assert num_tokens is not None
             self._set_host(_spread(starts.numpy(), owners.numpy(), num_tokens))
         if self._has_kernels():
             from . import _lora_plan
 
             stream = stream_for(self.device, indptr, slots)
             starts, owners = self._staged(stream, starts, owners)
-            self.num_tokens = num_tokens
+            self.num_tokens = num_tokens  # the plan reads it
             _jit.run(_lora_plan.build_segment_tiles(starts, owners, self), self.device, stream)
         elif self.device != CPU:
-            rows = num_tokens if num_tokens is not None else self.max_tokens
-            self._set_by_loop(_spread(host_copy(starts), host_copy(owners), rows))
+            self._set_by_loop(_spread(host_copy(starts), host_copy(owners), num_tokens))
         self.num_tokens = num_tokens
+
+    def schedule(self, height: int) -> tuple[Array, Array, int]:
+        """The list of tiles of this height, its counter, and its capacity in tiles."""
+        tiles, capacity = self._schedules[height]
+        counter = self.counter_view
+        assert counter is not None
+        at = self.heights.index(height)
+        return tiles, Array(counter.ptr + 4 * at, (1,), (1,), INT32, counter.device, counter.obj), capacity
+
+    def tile_bound(self, height: int, tokens: int) -> int:
+        """Most tiles of this height that the current batch can have, as far as the host knows."""
+        return tile_capacity(tokens, self.max_adapters, height)
 
     def _has_kernels(self) -> bool:
         if _env.DISABLE_SGMV.on or (self.device == CPU and not _jit.has_host_runner()):
             return False
         if self.counters is None:
             self._allocate()
+        self.has_indices = self.device == CPU
         return True
 
     def _set_host(self, slots: np.ndarray) -> None:
@@ -178,6 +204,7 @@ class LoraBatch:
         none = (slots < 0) | (slots >= self.max_adapters)
         with _jit._cupy().cuda.Device(self.device):
             self.indices[: slots.shape[0]].set(np.where(none, -1, slots).astype(np.int32))
+        self.has_indices = True
 
     def _staged(self, stream: Any, *arrays: Array) -> list[Array]:
         """Arrays that the kernels can read: the caller's, or copies in the staging buffer."""

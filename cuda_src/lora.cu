@@ -1,0 +1,115 @@
+// The whole LoRA layer in one launch.
+//
+//   y[i, slice] += scale * scale[slot, slice] * (x[i] A[slot, slice]^T) B[slot, slice]^T
+//   x (tokens, in), y (tokens, sum of the slices' widths), A (rank, in), B (width, rank)
+//
+// Grid: x = clusters of CLUSTER blocks that take tiles in turn (any number of them is right, as many as
+// there are tiles is fastest), y = slices. Block: 32 * WARPS threads. A tile is up to TILE_ROWS tokens of
+// one slot, listed by build_tiles (lora_batch.cu). The forms are described in lora_direct.cuh and
+// lora_ring.cuh; both give the same bits (lora_math.cuh).
+//
+// Preconditions: every listed row is in [0, tokens), every slot in [0, slots); CLUSTER > 1 needs sm_90.
+#include "lora_direct.cuh"
+#if TILE_ROWS > 8
+#include "lora_ring.cuh"
+#endif
+
+struct Layer {
+    const In* x;
+    Out* y;
+    i64 x_stride, y_stride;  // elements between rows
+    float scale;
+};
+
+// One tile of one slice by the direct form; kRank 0: the rank is known at run time only.
+template <int kRank, int N>
+CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
+    const int g = threadIdx.x % 32 / 4;
+    const In* const x_row = layer.x + tile.row(g) * layer.x_stride;
+    const float scale = w.scale * layer.scale;
+    if constexpr (kStraight<kRank>) {
+        constexpr int kWidth = chunk_of(kRank);
+        ExpandStraight<kRank, N> expand;
+        expand.request(tile, y, layer.y_stride, w.b);
+        shrink_leaves<kWidth / 16, 96>(ex, x_row, w.a, kRank);
+        __syncthreads();
+        exchange_parts<kWidth>(ex, tile.rows);
+        expand.finish([&](int rank) {
+            const float4 q = exchanged<kWidth>(ex, g, rank);
+            return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
+        });
+    } else {
+        const int rank = kRank ? kRank : w.rank;
+        shrink_chunks<kRank ? chunk_of(kRank) : kAnyChunk, kRank ? 96 : kAnyBudget>(ex, x_row, w.a, rank, tile.rows);
+        expand_any<N, kRank>(tile, y, layer.y_stride, w.b, rank,
+                             [&](int at) { return ex.v[g * (kMaxRank + 4) + at] * scale; });
+    }
+}
+
+// Picks the code for this tile's rank.
+template <int N, int kAt = 0>
+CUPY_LORA_DEVICE void tile_of_rank(Exchange& ex, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
+    if constexpr (kAt < kRankCount) {
+        if ((!kAnyRank && kRankCount == kAt + 1) || w.rank == kRanks[kAt]) {
+            direct_tile<kRanks[kAt], N>(ex, layer, tile, w, y);
+        } else {
+            tile_of_rank<N, kAt + 1>(ex, layer, tile, w, y);
+        }
+    } else if constexpr (kAnyRank) {
+        direct_tile<0, N>(ex, layer, tile, w, y);
+    }
+}
+
+// Picks the code for this slice's width: slices of one width share it.
+template <int kAt = 0>
+CUPY_LORA_DEVICE void tile_of_slice(Exchange& ex, const Layer& layer, const Tile& tile, const Record& w, Out* y,
+                                    int width) {
+    constexpr bool kLast = [] {
+        for (int i = kAt + 1; i < kSlices; ++i) {
+            if (kWidths[i] != kWidths[kAt]) return false;
+        }
+        return true;
+    }();
+    if (kLast || width == kWidths[kAt]) {
+        tile_of_rank<kWidths[kAt]>(ex, layer, tile, w, y);
+    } else if constexpr (!kLast) {
+        tile_of_slice<kAt + 1>(ex, layer, tile, w, y, width);
+    }
+}
+
+extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads)
+    add_lora(const In* __restrict__ x, Out* y, const Record* __restrict__ table, const i32* __restrict__ tiles,
+             const i32* __restrict__ tile_count, i32 tile_capacity, i64 x_stride, i64 y_stride, float scale) {
+    CUPY_LORA_SHARED(shared);
+    constexpr int kStride = 8 + kTileRows;
+    const Layer layer{x, y, x_stride, y_stride, scale};
+    const int slice = static_cast<int>(blockIdx.y);
+    int width = kWidths[0];
+    i64 offset = 0;
+#pragma unroll
+    for (int s = 1; s < kSlices; ++s) {
+        if (slice >= s) offset += kWidths[s - 1], width = kWidths[s];
+    }
+    int at = static_cast<int>(blockIdx.x) / kCluster;
+    const int step = static_cast<int>(gridDim.x) / kCluster;
+    // The first record is read beside the count, not after it: the grid is within the capacity.
+    const i32* record = tiles + static_cast<i64>(at) * kStride;
+    int2 head = *reinterpret_cast<const int2*>(record);
+    const int count = *tile_count;
+    Exchange ex = exchange_start(shared);
+    if (at >= count) return;
+    if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
+    while (true) {
+        const Tile tile{head.x, head.y, record + 8, 0};
+        const Record w = table[static_cast<i64>(head.x) * kSlices + slice];
+        if (w.rank > 0) tile_of_slice(ex, layer, tile, w, y + offset, width);
+        at += step;
+        if (at >= count) break;
+        record = tiles + static_cast<i64>(at) * kStride;
+        head = *reinterpret_cast<const int2*>(record);
+        __syncthreads();  // the next tile's parts overwrite this one's
+    }
+    if constexpr (kCluster > 1) {
+        if (!ex.joined) ptx::cluster_wait();
+    }
+}
