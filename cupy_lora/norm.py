@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 
 from . import _jit
-from ._arrays import CPU, FLOAT32, FLOATS, Array, check_contiguous, check_dtype, check_shape, empty, same_device, view
+from ._arrays import (
+    CPU,
+    FLOAT32,
+    FLOATS,
+    Array,
+    check_contiguous,
+    check_dtype,
+    check_shape,
+    empty,
+    same_device,
+    stream_for,
+    view,
+)
 
 _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "float"}
 _STRIDES = np.dtype([("outer", np.int64), ("inner", np.int64)])
@@ -137,11 +149,8 @@ def _run(device: int, first: Any, second: Any, x: Array, r: Array | None, w: Arr
         else:
             norm.fused_add_rms_norm(x.numpy(), r.numpy(), w.numpy(), epsilon)
         return
-    arch, sms = (90, 2) if device == CPU else (_jit.device_arch(device), _jit.sm_count(device))
-    launch = plan_rms_norm(x, r, w, o, epsilon, arch=arch, sms=sms)
+    launch = plan_rms_norm(x, r, w, o, epsilon, _jit.device_facts(device))
     if launch is not None:
-        from ._arrays import stream_for
-
         _jit.run(launch, device, stream_for(device, first, second, o.obj))
 
 
@@ -169,7 +178,7 @@ def _check_like(name: str, array: Array, other_name: str, other: Array) -> None:
 
 
 def _check_rows(name: str, array: Array) -> None:
-    if array.shape[-1] > 1 and array.strides[-1] != 1:
+    if array.shape[-1] > 1 and array.strides[-1] != 1 and array.size:
         raise ValueError(f"{name}: expected a contiguous last axis, got strides {array.strides} (elements)")
 
 
@@ -277,9 +286,9 @@ def rms_norm_kernel(
 
 
 def plan_rms_norm(
-    x: Array, residual: Array | None, weight: Array, out: Array, epsilon: float, *, arch: int, sms: int
+    x: Array, residual: Array | None, weight: Array, out: Array, epsilon: float, facts: _jit.DeviceFacts
 ) -> _jit.Launch | None:
-    """The launch for checked arrays on a GPU of ``arch`` with ``sms`` multiprocessors; None where there are no rows."""
+    """The launch for checked arrays; None where there are no rows."""
     columns, item = x.shape[-1], x.dtype.itemsize
     rows = x.size // columns
     if rows == 0:
@@ -294,10 +303,10 @@ def plan_rms_norm(
         weight_access //= 2
     fused = residual is not None
     levels = len(extents)
-    kernel = rms_norm_kernel(x.dtype, weight.dtype, columns, fused, access, weight_access, levels, arch)
-    config = choose_rms_norm(columns, item, arch)
+    kernel = rms_norm_kernel(x.dtype, weight.dtype, columns, fused, access, weight_access, levels, facts.arch)
+    config = choose_rms_norm(columns, item, facts.arch)
     blocks = -(-rows // config.rows)
-    at_once = sms * max(1, _THREADS_PER_SM // config.block)
+    at_once = facts.sm_count * max(1, _THREADS_PER_SM // config.block)
     each = -(-blocks // at_once)  # every block walks over as many rows as the others, give or take one
     return _jit.Launch(
         kernel,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def rms_norm(
-    input: np.ndarray, weight: np.ndarray, epsilon: float = 1e-6, out: np.ndarray | None = None
-) -> np.ndarray:
+def rms_norm(input: np.ndarray, weight: np.ndarray, epsilon: float = 1e-6, out: np.ndarray | None = None) -> np.ndarray:
     """See :func:`cupy_lora.rms_norm`."""
     x = input.astype(np.float64)
     scale = 1.0 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    normed = x * scale * weight.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # inf / inf is NaN, as on the device
+        normed = x * scale * weight.astype(np.float64)
     if out is None:
         out = np.empty(input.shape, input.dtype)
     out[...] = normed.astype(out.dtype)
