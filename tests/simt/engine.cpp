@@ -165,6 +165,10 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
                           : signal == SIGVTALRM ? "a thread ran for too long without waiting"
                                                 : text("illegal address %p", info->si_addr);
     if (signal == SIGSEGV || signal == SIGBUS) config->fault = info->si_addr;
+    for (const Block& b : blocks)
+        if (info->si_addr >= b.end && info->si_addr < b.end + PAGE)
+            message += text(" (%ld bytes past the end of shared memory)",
+                            static_cast<long>(static_cast<unsigned char*>(info->si_addr) - b.shared - config->shared));
     void *pc = nullptr, **frame = nullptr;
 #if defined(__x86_64__)
     const auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
