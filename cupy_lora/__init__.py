@@ -26,7 +26,7 @@ _EXPORTS = {
     "fused_add_rms_norm": "norm",
     "init_kv": "paged_kv",
     "append_kv": "paged_kv",
-    "PagedKvCache": "paged_kv",
+    "PagedKvCache": "kv_cache",
     "batch_prefill": "attention",
     "batch_decode": "attention",
     "has_gpu_kernels": "metadata",

@@ -1,0 +1,222 @@
+"""From checked arrays to launches: the plans of the metadata functions. Pure but for pointers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from . import _jit
+from ._arrays import INT32, Array
+from ._lora_checks import integer
+
+_BLOCK = 256
+_CHUNK = 8 * _BLOCK  # entries of a row that one block of the ragged kernels copies: PER_THREAD there
+_ITEMS = 4  # items of a row per thread in the other kernels, before they walk
+_ROLES = {
+    "INPUT_LENGTH": "i32",
+    "CACHE_LENGTH": "i32",
+    "PROMPT_LENGTH": "i32",
+    "CUMULATIVE": "i64",
+    "CU_SLOTS": "i64",
+    "TABLE": "i32",
+    "RAGGED": "i32",
+    "POSITION": "i32",
+    "SLOT_INDEX": "i64",
+    "SLOT": "i64",
+    "FILTERED": "i64",
+    "START": "i64",
+    "TOKEN": "i64",
+    "NEXT_TOKEN": "i64",
+}
+
+
+@functools.cache
+def metadata_kernel(symbol: str, lanes: int, roles: tuple[tuple[str, np.dtype[Any]], ...]) -> _jit.Kernel:
+    """One kernel for the integer types of its arrays; ``lanes`` threads share a row (0: the ragged kernels)."""
+    types = {**_ROLES, **{role: "i32" if dtype == INT32 else "i64" for role, dtype in roles}}
+    defines: tuple[tuple[str, int | str], ...] = (("BLOCK", _BLOCK), ("LANES", lanes or _BLOCK), *types.items())
+    return _jit.Kernel("metadata", symbol, defines, _BLOCK, shared=256 if lanes == 0 else 0)
+
+
+def _hint(name: str, value: Any) -> int:
+    return max(1, integer(name, value, -(2**62)))
+
+
+def _by_rows(rows: int, hint: int) -> tuple[int, int, int]:
+    """Threads per row, blocks per group of rows, and the grid."""
+    lanes = 1 if hint == 1 else 32 if hint <= 32 * _ITEMS else _BLOCK
+    chunks = min(-(-hint // (lanes * _ITEMS)), 1024)
+    return lanes, chunks, -(-rows // (_BLOCK // lanes)) * chunks
+
+
+def _stride(array: Array) -> np.int64:
+    stride: np.int64 = np.int64(array.strides[0] if array.shape[0] > 1 else 0)
+    return stride
+
+
+def _ragged_grid(table: Array, batch: int, max_current_length: Any) -> tuple[int, int]:
+    longest = min(_hint("max_current_length", max_current_length), max(table.shape[1], 1))
+    chunks = min(-(-longest // _CHUNK), (2**31 - 1) // batch)
+    return chunks, chunks * batch
+
+
+def ragged(table: Array, new: Array, cached: Array, out: Array, max_current_length: int) -> _jit.Launch:
+    """The launch of :func:`cupy_lora.block_tables_to_ragged` for checked arrays."""
+    chunks, grid = _ragged_grid(table, new.shape[0], max_current_length)
+    roles = (("TABLE", table.dtype), ("INPUT_LENGTH", new.dtype), ("CACHE_LENGTH", cached.dtype))
+    kernel = metadata_kernel("block_tables_to_ragged", 0, (*roles, ("RAGGED", out.dtype)))
+    return _jit.Launch(
+        kernel,
+        (grid, 1, 1),
+        (
+            table,
+            _stride(table),
+            np.int32(table.shape[1]),
+            new,
+            cached,
+            out,
+            np.uint32(out.shape[0]),
+            np.int32(chunks),
+        ),
+    )
+
+
+def decode_step(
+    table: Array,
+    new: Array,
+    cached: Array,
+    ragged: Array,
+    slots: Array,
+    positions: Array,
+    indices: Array,
+    cu_seqlen: Array | None,
+    ragged_indptr: Array | None,
+    max_current_length: int,
+) -> _jit.Launch:
+    """The launch of :func:`cupy_lora.metadata.prepare_decode_step` for checked arrays."""
+    chunks, grid = _ragged_grid(table, new.shape[0], max_current_length)
+    roles = (
+        ("TABLE", table.dtype),
+        ("INPUT_LENGTH", new.dtype),
+        ("CACHE_LENGTH", cached.dtype),
+        ("RAGGED", ragged.dtype),
+        ("CU_SLOTS", slots.dtype),
+        ("POSITION", positions.dtype),
+        ("SLOT_INDEX", indices.dtype),
+    )
+    return _jit.Launch(
+        metadata_kernel("decode_step", 0, roles),
+        (grid, 1, 1),
+        (
+            table,
+            _stride(table),
+            np.int32(table.shape[1]),
+            new,
+            cached,
+            ragged,
+            np.uint32(ragged.shape[0]),
+            np.int32(chunks),
+            slots,
+            positions,
+            indices,
+            np.uint32(positions.shape[0]),
+            cu_seqlen,
+            ragged_indptr,
+        ),
+    )
+
+
+def padded(cu: Array, table: Array, ragged: Array, max_blocks: int) -> _jit.Launch:
+    """The launch of :func:`cupy_lora.block_tables_to_padded` for checked arrays."""
+    rows, width = table.shape
+    lanes, chunks, grid = _by_rows(rows, _hint("max_blocks", max_blocks))
+    roles = (("CUMULATIVE", cu.dtype), ("TABLE", table.dtype), ("RAGGED", ragged.dtype))
+    return _jit.Launch(
+        metadata_kernel("block_tables_to_padded", lanes, roles),
+        (grid, 1, 1),
+        (
+            cu,
+            table,
+            _stride(table),
+            np.int32(width),
+            ragged,
+            np.int64(ragged.shape[0]),
+            np.int32(rows),
+            np.int32(chunks),
+        ),
+    )
+
+
+def copy_next_input_ids(
+    rows: Array, cached: Array, new: Array, prompts: Array, tokens: Array, cu: Array, max_next_input_ids: int
+) -> _jit.Launch:
+    """The launch of :func:`cupy_lora.copy_next_input_ids_inplace` for checked arrays."""
+    lanes, chunks, grid = _by_rows(rows.shape[0], _hint("max_next_input_ids", max_next_input_ids))
+    roles = (
+        ("TOKEN", rows.dtype),
+        ("CACHE_LENGTH", cached.dtype),
+        ("INPUT_LENGTH", new.dtype),
+        ("PROMPT_LENGTH", prompts.dtype),
+        ("NEXT_TOKEN", tokens.dtype),
+        ("CUMULATIVE", cu.dtype),
+    )
+    return _jit.Launch(
+        metadata_kernel("copy_next_input_ids", lanes, roles),
+        (grid, 1, 1),
+        (
+            rows,
+            _stride(rows),
+            np.int32(rows.shape[1]),
+            cached,
+            new,
+            prompts,
+            tokens,
+            np.int64(tokens.shape[0]),
+            cu,
+            np.int32(rows.shape[0]),
+            np.int32(chunks),
+        ),
+    )
+
+
+def position_slot_ids(
+    cached: Array, cu: Array, slots: Array, positions: Array, indices: Array, max_input_length: int
+) -> _jit.Launch:
+    """The launch of :func:`cupy_lora.prepare_position_slot_ids` for checked arrays."""
+    rows = cached.shape[0]
+    lanes, chunks, grid = _by_rows(rows, _hint("max_input_length", max_input_length))
+    roles = (
+        ("CACHE_LENGTH", cached.dtype),
+        ("CUMULATIVE", cu.dtype),
+        ("CU_SLOTS", slots.dtype),
+        ("POSITION", positions.dtype),
+        ("SLOT_INDEX", indices.dtype),
+    )
+    return _jit.Launch(
+        metadata_kernel("prepare_position_slot_ids", lanes, roles),
+        (grid, 1, 1),
+        (cached, cu, slots, positions, indices, np.int64(positions.shape[0]), np.int32(rows), np.int32(chunks)),
+    )
+
+
+def slots_filtering(source: Array, target: Array, cu: Array, starts: Array, max_slots: int) -> _jit.Launch:
+    """The launch of :func:`cupy_lora.slots_filtering` for checked arrays."""
+    rows = starts.shape[0]
+    lanes, chunks, grid = _by_rows(rows, _hint("max_slots", max_slots))
+    roles = (("SLOT", source.dtype), ("FILTERED", target.dtype), ("CUMULATIVE", cu.dtype), ("START", starts.dtype))
+    return _jit.Launch(
+        metadata_kernel("slots_filtering", lanes, roles),
+        (grid, 1, 1),
+        (
+            source,
+            np.int64(source.shape[0]),
+            target,
+            np.int64(target.shape[0]),
+            cu,
+            starts,
+            np.int32(rows),
+            np.int32(chunks),
+        ),
+    )

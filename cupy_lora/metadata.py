@@ -1,0 +1,480 @@
+"""Batch metadata: the small index computations between two steps of a server, each one launch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import _arrays, _env, _jit, _metadata_plan
+from ._arrays import (
+    CPU,
+    INDICES,
+    INT32,
+    Array,
+    check_contiguous,
+    check_dtype,
+    check_shape,
+    same_device,
+    stream_for,
+    view,
+)
+from ._device import has_gpu_kernels
+from ._lora_checks import host_copy
+
+__all__ = [
+    "block_tables_to_padded",
+    "block_tables_to_ragged",
+    "copy_next_input_ids_inplace",
+    "has_gpu_kernels",
+    "has_triton",
+    "prepare_decode_step",
+    "prepare_position_slot_ids",
+    "slots_filtering",
+]
+
+has_triton = has_gpu_kernels  # the name that LoRAX asks for
+
+
+def block_tables_to_ragged(
+    *,
+    block_tables: Any,
+    input_lengths: Sequence[int],
+    cache_lengths: Sequence[int],
+    input_lengths_tensor: Any,
+    cache_lengths_tensor: Any,
+    max_current_length: int,
+    out: Any = None,
+) -> Any:
+    """The block table without its padding: one entry per token of cache and input (block size 1), row after row.
+
+    One launch, its cumulative sum included, and one allocation.
+
+    Parameters
+    ----------
+    block_tables : array of int32 or int64, shape (rows, width)
+        Row ``b`` holds ``input_lengths[b] + cache_lengths[b]`` entries. Rows contiguous, any distance
+        apart; there may be more of them than lengths.
+    input_lengths, cache_lengths : sequence of int
+        The lengths on the host: they size the result. A device array here is read, which waits
+        for the device; with ``out`` neither is looked at.
+    input_lengths_tensor, cache_lengths_tensor : array of int32 or int64, shape (batch,)
+        The same lengths beside the table.
+    max_current_length : int
+        Longest input + cache length: a hint that sizes the grid. One too small is slower, never wrong.
+    out : array of int32, optional
+        Contiguous, one axis, at least as long as the result; its beginning is written. The way to
+        call this while a graph is captured without an allocation.
+
+    Returns
+    -------
+    array of int32, shape (sum of all lengths,)
+        A torch tensor where ``block_tables`` is one, else CuPy (NumPy on the host); or ``out``.
+
+    Raises
+    ------
+    TypeError
+        If a dtype or type is wrong.
+    ValueError
+        If shapes do not match, a row is shorter than its lengths, or the arrays are on different devices.
+    """
+    table = _rows("block_tables", block_tables)
+    new = _vector("input_lengths_tensor", input_lengths_tensor)
+    batch = new.shape[0]
+    cached = _vector("cache_lengths_tensor", cache_lengths_tensor, batch)
+    if table.shape[0] < batch:
+        raise ValueError(f"block_tables: expected at least {batch} rows (one per length), got {table.shape[0]}")
+    device = same_device(block_tables=table, input_lengths_tensor=new, cache_lengths_tensor=cached)
+    if out is None:
+        news = _host_lengths("input_lengths", input_lengths, batch)
+        caches = _host_lengths("cache_lengths", cache_lengths, batch)
+        _check_lengths(news, caches, table.shape[1])
+        total = sum(news) + sum(caches)
+        out = _empty_like(block_tables, total, device)
+        ragged = view("out", out)
+    else:
+        ragged = view("out", out)
+        check_dtype("out", ragged, (INT32,))
+        check_shape("out", ragged, ("length",))
+        check_contiguous("out", ragged)
+        same_device(block_tables=table, out=ragged)
+    if _env.DEBUG.on:
+        lengths = host_copy(new).astype(np.int64) + host_copy(cached)
+        _debug_most("input_lengths_tensor + cache_lengths_tensor", lengths, table.shape[1], "width of block_tables")
+        if int(lengths.sum()) > ragged.shape[0]:
+            raise ValueError(f"out: expected room for {int(lengths.sum())} entries, got {ragged.shape[0]}")
+    if device == CPU and not _jit.has_host_runner():
+        from .reference import metadata
+
+        metadata.ragged(table.numpy(), new.numpy(), cached.numpy(), ragged.numpy())
+    elif batch and ragged.shape[0]:
+        launch = _metadata_plan.ragged(table, new, cached, ragged, max_current_length)
+        _jit.run(launch, device, stream_for(device, block_tables, input_lengths_tensor))
+    return out
+
+
+def prepare_decode_step(
+    *,
+    block_tables: Any,
+    input_lengths: Any,
+    cache_lengths: Any,
+    cu_slots: Any,
+    position_ids: Any,
+    slot_indices: Any,
+    block_tables_ragged: Any,
+    max_current_length: int,
+    cu_seqlen: Any = None,
+    ragged_indptr: Any = None,
+) -> None:
+    """All that a step needs of the tables, in one launch.
+
+    Position ids and slot indices as :func:`prepare_position_slot_ids` writes them, the ragged table
+    as :func:`block_tables_to_ragged`, and the two cumulative sums behind them. Nothing is allocated
+    or read back, so the call can be captured in a graph.
+
+    Parameters
+    ----------
+    block_tables : array of int32 or int64, shape (rows, width)
+        As in :func:`block_tables_to_ragged`.
+    input_lengths, cache_lengths : array of int32 or int64, shape (batch,)
+        New tokens (1 each in a plain decode step) and cached tokens of every sequence.
+    cu_slots : array of int32 or int64, at least ``batch`` entries
+        Where a sequence's slots start.
+    position_ids, slot_indices : array of int32 or int64, one axis of equal length
+        Written for every new token, ``sum(input_lengths)`` of them.
+    block_tables_ragged : array of int32 or int64, one axis
+        Written for every token, ``sum(input_lengths + cache_lengths)`` of them.
+    max_current_length : int
+        Longest input + cache length: a hint that sizes the grid.
+    cu_seqlen : array of int32, shape (batch + 1,), optional
+        Receives the cumulative sum of ``input_lengths``.
+    ragged_indptr : array of int32, shape (batch + 1,), optional
+        Receives the cumulative sum of ``input_lengths + cache_lengths``.
+
+    Raises
+    ------
+    TypeError
+        If a dtype or type is wrong.
+    ValueError
+        If shapes do not match or the arrays are on different devices.
+    """
+    table = _rows("block_tables", block_tables)
+    new = _vector("input_lengths", input_lengths)
+    batch = new.shape[0]
+    cached = _vector("cache_lengths", cache_lengths, batch)
+    if table.shape[0] < batch:
+        raise ValueError(f"block_tables: expected at least {batch} rows (one per length), got {table.shape[0]}")
+    slots = _vector("cu_slots", cu_slots, least=batch)
+    positions = _vector("position_ids", position_ids)
+    indices = _vector("slot_indices", slot_indices, positions.shape[0])
+    ragged = _vector("block_tables_ragged", block_tables_ragged)
+    sums = [
+        None if obj is None else _vector(name, obj, batch + 1, dtypes=(INT32,))
+        for name, obj in (("cu_seqlen", cu_seqlen), ("ragged_indptr", ragged_indptr))
+    ]
+    device = same_device(
+        block_tables=table,
+        input_lengths=new,
+        cache_lengths=cached,
+        cu_slots=slots,
+        position_ids=positions,
+        slot_indices=indices,
+        block_tables_ragged=ragged,
+        cu_seqlen=sums[0],
+        ragged_indptr=sums[1],
+    )
+    if _env.DEBUG.on:
+        lengths = host_copy(new).astype(np.int64) + host_copy(cached)
+        _debug_most("input_lengths + cache_lengths", lengths, table.shape[1], "width of block_tables")
+    if device == CPU and not _jit.has_host_runner():
+        from .reference import metadata
+
+        metadata.prepare_decode_step(
+            block_tables=table.numpy(),
+            input_lengths=new.numpy(),
+            cache_lengths=cached.numpy(),
+            cu_slots=slots.numpy(),
+            position_ids=positions.numpy(),
+            slot_indices=indices.numpy(),
+            block_tables_ragged=ragged.numpy(),
+            max_current_length=max_current_length,
+            cu_seqlen=None if sums[0] is None else sums[0].numpy(),
+            ragged_indptr=None if sums[1] is None else sums[1].numpy(),
+        )
+    elif batch:
+        launch = _metadata_plan.decode_step(
+            table, new, cached, ragged, slots, positions, indices, sums[0], sums[1], max_current_length
+        )
+        _jit.run(launch, device, stream_for(device, block_tables, input_lengths))
+
+
+def block_tables_to_padded(max_blocks: int, cu_seqlen: Any, block_tables: Any, block_tables_ragged: Any) -> None:
+    """Row ``b`` of the padded table becomes ``block_tables_ragged[cu_seqlen[b] : cu_seqlen[b + 1]]``; the rest stays.
+
+    Parameters
+    ----------
+    max_blocks : int
+        Longest row: a hint that sizes the grid.
+    cu_seqlen : array of int32 or int64, shape (rows + 1,)
+        Ascending.
+    block_tables : array of int32 or int64, shape (rows, width)
+        Written in place. Rows contiguous, any distance apart.
+    block_tables_ragged : array of int32 or int64, one axis
+
+    Raises
+    ------
+    TypeError
+        If a dtype or type is wrong.
+    ValueError
+        If shapes do not match, or the arrays are on different devices.
+    """
+    table = _rows("block_tables", block_tables)
+    cu = _vector("cu_seqlen", cu_seqlen, table.shape[0] + 1)
+    ragged = _vector("block_tables_ragged", block_tables_ragged)
+    device = same_device(block_tables=table, cu_seqlen=cu, block_tables_ragged=ragged)
+    if _env.DEBUG.on:
+        _debug_cumulative("cu_seqlen", cu, ragged.shape[0], table.shape[1])
+    if device == CPU and not _jit.has_host_runner():
+        from .reference import metadata
+
+        metadata.block_tables_to_padded(max_blocks, cu.numpy(), table.numpy(), ragged.numpy())
+    elif table.shape[0]:
+        _jit.run(
+            _metadata_plan.padded(cu, table, ragged, max_blocks), device, stream_for(device, block_tables, cu_seqlen)
+        )
+
+
+def copy_next_input_ids_inplace(
+    max_next_input_ids: int,
+    all_input_ids: Any,
+    cache_lengths: Any,
+    input_lengths: Any,
+    prompt_lengths: Any,
+    next_input_ids: Any,
+    cu_accepted_ids: Any,
+) -> None:
+    """Accepted token ``i`` of sequence ``b`` goes to column ``cache + input + i`` of its row.
+
+    A column inside the prompt (``< prompt_lengths[b]``) is left as it is: that sequence is still prefilling.
+
+    Parameters
+    ----------
+    max_next_input_ids : int
+        Most tokens accepted for one sequence: a hint that sizes the grid.
+    all_input_ids : array of int32 or int64, shape (batch, width)
+        Written in place. Rows contiguous, any distance apart.
+    cache_lengths, input_lengths, prompt_lengths : array of int32 or int64, shape (batch,)
+    next_input_ids : array of int32 or int64, one axis
+        The accepted tokens of all sequences.
+    cu_accepted_ids : array of int32 or int64, shape (batch + 1,)
+        Sequence ``b`` accepted ``next_input_ids[cu_accepted_ids[b] : cu_accepted_ids[b + 1]]``.
+
+    Raises
+    ------
+    TypeError
+        If a dtype or type is wrong.
+    ValueError
+        If shapes do not match, or the arrays are on different devices.
+    """
+    rows = _rows("all_input_ids", all_input_ids)
+    batch = rows.shape[0]
+    cached = _vector("cache_lengths", cache_lengths, batch)
+    new = _vector("input_lengths", input_lengths, batch)
+    prompts = _vector("prompt_lengths", prompt_lengths, batch)
+    tokens = _vector("next_input_ids", next_input_ids)
+    cu = _vector("cu_accepted_ids", cu_accepted_ids, batch + 1)
+    device = same_device(
+        all_input_ids=rows,
+        cache_lengths=cached,
+        input_lengths=new,
+        prompt_lengths=prompts,
+        next_input_ids=tokens,
+        cu_accepted_ids=cu,
+    )
+    if _env.DEBUG.on:
+        _debug_cumulative("cu_accepted_ids", cu, tokens.shape[0], rows.shape[1])
+    if device == CPU and not _jit.has_host_runner():
+        from .reference import metadata
+
+        metadata.copy_next_input_ids_inplace(
+            max_next_input_ids, *(a.numpy() for a in (rows, cached, new, prompts, tokens, cu))
+        )
+    elif batch:
+        launch = _metadata_plan.copy_next_input_ids(rows, cached, new, prompts, tokens, cu, max_next_input_ids)
+        _jit.run(launch, device, stream_for(device, all_input_ids, next_input_ids))
+
+
+def prepare_position_slot_ids(
+    max_input_length: int,
+    cache_lengths: Any,
+    cu_seqlen: Any,
+    cu_slots: Any,
+    position_ids: Any,
+    slot_indices: Any,
+) -> None:
+    """Position ids and slot indices of the new tokens of every sequence.
+
+    For token ``i`` of sequence ``b``, at ``t = cu_seqlen[b] + i``: ``position_ids[t] = cache_lengths[b] + i`` and
+    ``slot_indices[t] = cu_slots[b] + cache_lengths[b] + i`` (an index into the slots).
+
+    Parameters
+    ----------
+    max_input_length : int
+        Most new tokens of one sequence: a hint that sizes the grid.
+    cache_lengths : array of int32 or int64, shape (batch,)
+    cu_seqlen : array of int32 or int64, shape (batch + 1,)
+        Cumulative sum of the new tokens.
+    cu_slots : array of int32 or int64, at least ``batch`` entries
+        Where a sequence's slots start.
+    position_ids, slot_indices : array of int32 or int64, one axis of equal length
+        Written in place.
+
+    Raises
+    ------
+    TypeError
+        If a dtype or type is wrong.
+    ValueError
+        If shapes do not match, or the arrays are on different devices.
+    """
+    cached = _vector("cache_lengths", cache_lengths)
+    batch = cached.shape[0]
+    cu = _vector("cu_seqlen", cu_seqlen, batch + 1)
+    slots = _vector("cu_slots", cu_slots, least=batch)
+    positions = _vector("position_ids", position_ids)
+    indices = _vector("slot_indices", slot_indices, positions.shape[0])
+    device = same_device(
+        cache_lengths=cached, cu_seqlen=cu, cu_slots=slots, position_ids=positions, slot_indices=indices
+    )
+    if _env.DEBUG.on:
+        _debug_cumulative("cu_seqlen", cu, positions.shape[0], positions.shape[0])
+    if device == CPU and not _jit.has_host_runner():
+        from .reference import metadata
+
+        metadata.prepare_position_slot_ids(
+            max_input_length, *(a.numpy() for a in (cached, cu, slots, positions, indices))
+        )
+    elif batch and positions.shape[0]:
+        launch = _metadata_plan.position_slot_ids(cached, cu, slots, positions, indices, max_input_length)
+        _jit.run(launch, device, stream_for(device, position_ids, cache_lengths))
+
+
+def slots_filtering(max_slots: int, slots: Any, filtered_slots: Any, cu_slots: Any, slots_start: Any) -> None:
+    """Keep the slots of some sequences: ``cu_slots[b + 1] - cu_slots[b]`` of them, from ``slots_start[b]`` on.
+
+    Parameters
+    ----------
+    max_slots : int
+        Most slots of one sequence: a hint that sizes the grid.
+    slots : array of int32 or int64, one axis
+    filtered_slots : array of int32 or int64, one axis
+        Written in place, at ``cu_slots[b] : cu_slots[b + 1]``.
+    cu_slots : array of int32 or int64, shape (batch + 1,)
+    slots_start : array of int32 or int64, shape (batch,)
+
+    Raises
+    ------
+    TypeError
+        If a dtype or type is wrong.
+    ValueError
+        If shapes do not match, or the arrays are on different devices.
+    """
+    source = _vector("slots", slots)
+    target = _vector("filtered_slots", filtered_slots)
+    starts = _vector("slots_start", slots_start)
+    cu = _vector("cu_slots", cu_slots, starts.shape[0] + 1)
+    device = same_device(slots=source, filtered_slots=target, cu_slots=cu, slots_start=starts)
+    if _env.DEBUG.on:
+        _debug_cumulative("cu_slots", cu, target.shape[0], source.shape[0])
+        counts = np.diff(host_copy(cu).astype(np.int64))
+        _debug_most("slots_start", host_copy(starts).astype(np.int64) + counts, source.shape[0], "length of slots")
+    if device == CPU and not _jit.has_host_runner():
+        from .reference import metadata
+
+        metadata.slots_filtering(max_slots, *(a.numpy() for a in (source, target, cu, starts)))
+    elif starts.shape[0]:
+        launch = _metadata_plan.slots_filtering(source, target, cu, starts, max_slots)
+        _jit.run(launch, device, stream_for(device, slots, filtered_slots))
+
+
+# ---- checks -------------------------------------------------------------------------------------
+def _vector(
+    name: str,
+    obj: Any,
+    length: int | None = None,
+    *,
+    least: int = 0,
+    dtypes: tuple[np.dtype[Any], ...] = INDICES,
+) -> Array:
+    array = view(name, obj)
+    if array.dtype not in dtypes:
+        check_dtype(name, array, dtypes)
+    shape = array.shape
+    if len(shape) != 1 or (length is not None and shape[0] != length):
+        check_shape(name, array, ("length" if length is None else length,))
+    if shape[0] < least:
+        raise ValueError(f"{name}: expected at least {least} entries, got {shape[0]}")
+    if array.strides[0] != 1 and shape[0] > 1:
+        check_contiguous(name, array)
+    return array
+
+
+def _rows(name: str, obj: Any) -> Array:
+    array = view(name, obj)
+    if array.dtype not in INDICES:
+        check_dtype(name, array, INDICES)
+    if len(array.shape) != 2:
+        check_shape(name, array, ("rows", "width"))
+    rows, width = array.shape
+    if array.size and ((width > 1 and array.strides[1] != 1) or (rows > 1 and array.strides[0] < width)):
+        raise ValueError(
+            f"{name}: expected contiguous rows that do not overlap, got shape {array.shape} "
+            f"with strides {array.strides} (elements)"
+        )
+    return array
+
+
+def _host_lengths(name: str, lengths: Any, batch: int) -> Sequence[int]:
+    if not isinstance(lengths, (list, tuple)):
+        array = _vector(name, lengths)
+        lengths = list(host_copy(array).tolist())
+    if len(lengths) != batch:
+        raise ValueError(f"{name}: expected {batch} lengths, got {len(lengths)}")
+    return lengths  # type: ignore[no-any-return]
+
+
+def _check_lengths(news: Sequence[int], caches: Sequence[int], width: int) -> None:
+    if not news:
+        return
+    if min(news) >= 0 and min(caches) >= 0 and max(news) + max(caches) <= width:
+        return
+    for b, (new, cached) in enumerate(zip(news, caches, strict=True)):
+        if new < 0 or cached < 0:
+            raise ValueError(f"input_lengths and cache_lengths: expected lengths >= 0, got {new} and {cached} at {b}")
+        if new + cached > width:
+            raise ValueError(f"block_tables: expected rows of at least {new + cached} entries (row {b}), got {width}")
+
+
+def _debug_cumulative(name: str, cu: Array, total: int, most: int) -> None:
+    entries = host_copy(cu).astype(np.int64)
+    bad = np.flatnonzero((entries < 0) | (entries > total))
+    if bad.size:
+        raise ValueError(f"{name}: expected entries of 0 .. {total}, got {entries[bad[0]]} at {bad[0]}")
+    counts = np.diff(entries)
+    bad = np.flatnonzero((counts < 0) | (counts > most))
+    if bad.size:
+        raise ValueError(f"{name}: expected steps of 0 .. {most}, got {counts[bad[0]]} at {bad[0]}")
+
+
+def _debug_most(name: str, values: np.ndarray, most: int, what: str) -> None:
+    bad = np.flatnonzero((values < 0) | (values > most))
+    if bad.size:
+        raise ValueError(f"{name}: expected 0 .. {most} ({what}), got {int(values[bad[0]])} at {bad[0]}")
+
+
+def _empty_like(block_tables: Any, total: int, device: int) -> Any:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(block_tables, torch.Tensor):
+        return block_tables.new_empty((total,), dtype=torch.int32)
+    return _arrays.empty((total,), INT32, device)
