@@ -150,27 +150,34 @@ class PagedKvCache:
         self._sequences[sequence] = held
         return sequence
 
-    def extend(self, sequences: int | Iterable[int], num_tokens: int = 1) -> None:
-        """Lengthen a sequence, or several distinct ones, by ``num_tokens`` tokens each: all of them or none.
+    def extend(self, sequences: int | Iterable[int], num_tokens: int | Iterable[int] = 1) -> None:
+        """Lengthen a sequence, or several distinct ones, by ``num_tokens`` tokens (each, or one number per sequence).
+
+        All of them are lengthened, or none.
 
         Raises
         ------
         OutOfPagesError
             If there are not enough free pages for all of them; nothing is changed then.
         ValueError
-            If a sequence is not in the cache, or is named twice.
+            If a sequence is not in the cache or is named twice, or the numbers do not match the sequences.
         """
-        num_tokens = integer("num_tokens", num_tokens, 0)
         held = [self._sequence(s) for s in self._ids(sequences)]
-        needs = [-(-(each.length + num_tokens) // self.page_size) - each.count for each in held]
-        total = sum(needs)
-        pages = self._take(total) if total else None
+        if isinstance(num_tokens, Iterable):
+            counts = [integer("num_tokens", n, 0) for n in num_tokens]
+            if len(counts) != len(held):
+                raise ValueError(f"num_tokens: expected {len(held)} numbers (one per sequence), got {len(counts)}")
+        else:
+            counts = [integer("num_tokens", num_tokens, 0)] * len(held)
+        grown = list(zip(held, counts, strict=True))
+        needs = [-(-(each.length + count) // self.page_size) - each.count for each, count in grown]
+        pages = self._take(sum(needs))
         start = 0
-        for each, need in zip(held, needs, strict=True):
-            if need and pages is not None:
+        for (each, count), need in zip(grown, needs, strict=True):
+            if need:
                 each.push(pages[start : start + need])
                 start += need
-            each.length += num_tokens
+            each.length += count
 
     def free(self, sequence: int) -> None:
         """Take a sequence's pages back; its id is not used again.

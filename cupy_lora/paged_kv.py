@@ -167,7 +167,7 @@ def _check_rows(name: str, array: Array, tokens: int | str, num_kv_heads: int) -
     if head_dim < 8 or head_dim % 8:
         raise ValueError(f"{name}: expected a head_dim that is a multiple of 8, got {head_dim}")
     row = Array(array.ptr, array.shape[1:], array.strides[1:], array.dtype, array.device, array.obj)
-    if not row.contiguous:
+    if array.size and not row.contiguous:
         raise ValueError(
             f"{name}: expected contiguous rows (num_kv_heads, head_dim), got strides {array.strides} (elements)"
         )
