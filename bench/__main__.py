@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SPEC",
-        help="forced configs as FORM:ROWS:CLUSTER:WARPS:STAGES, alternatives with a bar (direct:8:2|4|8:4|8:1); "
+        help="forced configs as FORM:ROWS:CLUSTER:WARPS:STAGES, alternatives with a bar (ring:16:1|2:8:3|4); "
         "repeatable; default: a grid of both forms",
     )
     group.add_argument("--random", type=int, default=0, metavar="N", help="instead of the cases: N random shapes")

@@ -202,7 +202,10 @@ def cases() -> list[Case]:
     found = [layer_case(layer, quick=True) for layer in _record_layers()]
     found += [schedule_case(layer) for layer in updates]
     found += [layer_case(layer) for layer in _wide_layers()]
-    return list({case.name: case for case in reversed(found)}.values())[::-1]
+    once: dict[str, Case] = {}
+    for case in found:
+        once.setdefault(case.name, case)
+    return list(once.values())
 
 
 def shrunk(case: Case) -> Case:

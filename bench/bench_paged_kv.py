@@ -55,7 +55,7 @@ def _case(append: Append) -> Case:
 
 
 def cases() -> list[Case]:
-    shapes = [Append(64, 1, 1024), Append(8, 256, 1024), Append(1, 1, 1024), Append(256, 1, 1024)]
+    shapes = [Append(64, 1, 128), Append(8, 256, 1024), Append(1, 1, 128), Append(256, 1, 128)]
     shapes += [Append(1, 512, 512), Append(16, 512, 512)]
     return [_case(append) for append in shapes]
 
@@ -97,10 +97,10 @@ def build_pages(append: Append, rig: Rig, seed: int) -> KvSet:
 
 
 def sets_for(case: Case, rig: Rig) -> int:
-    """The pages of the whole context rotate, so far fewer sets than the new tokens' bytes ask for."""
+    """Each set holds the pages of the whole context; together a quarter of the GPU's memory at most."""
     append: Append = case.params
-    held = 4 * append.batch * append.context * append.heads * append.head_dim
-    return min(rig.sets_for(case.nbytes), max(int(12e9 // held), 3))
+    held = 4 * append.batch * append.pages * append.page * append.heads * append.head_dim
+    return rig.sets_for(case.nbytes, most=max(rig.memory_bytes // 4 // held, 2))
 
 
 def build(case: Case, rig: Rig, sets: int) -> Work:

@@ -25,6 +25,7 @@ ROTATION_BYTES = 320_000_000
 GRAPH_US = 1500.0  # long enough to drown the gap between two graphs
 CALLS_PER_GRAPH = (20, 1000)
 REPLAYS = 12
+LEAD_US = 20_000.0
 
 Call = Callable[[], Any]
 
@@ -61,6 +62,7 @@ class Rig:
     xp: Any = np
     dry = False
     l2_bytes = 0
+    memory_bytes = 0
     torch: Any = None
 
     def __init__(self) -> None:
@@ -135,9 +137,10 @@ class GpuRig(Rig):
         self.xp = cupy
         self.device = cupy.cuda.Device(device)
         self.device.use()
-        facts = self.device.attributes
-        self.l2_bytes = int(facts["L2CacheSize"])
-        self.sms = int(facts["MultiProcessorCount"])
+        properties = cupy.cuda.runtime.getDeviceProperties(device)
+        self.l2_bytes = int(properties["l2CacheSize"])
+        self.sms = int(properties["multiProcessorCount"])
+        self.memory_bytes = int(properties["totalGlobalMem"])
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._modules: dict[int, Any] = {}
         self._sink = cupy.zeros(4, np.uint32)
@@ -188,6 +191,11 @@ class GpuRig(Rig):
             return np.asarray(self.xp.asnumpy(array.view(np.uint16))).view(BFLOAT16)
         return np.asarray(self.xp.asnumpy(array))
 
+    def zeros(self, shape: tuple[int, ...], dtype: Any = BFLOAT16) -> Any:
+        if np.dtype(dtype) == BFLOAT16:
+            return self.xp.zeros(shape, np.uint16).view(BFLOAT16)
+        return self.xp.zeros(shape, dtype)
+
     def sync(self) -> None:
         self.stream.synchronize()
 
@@ -225,9 +233,16 @@ class GpuRig(Rig):
         if capture == "torch":
             torch = self.use_torch()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._torch_stream):
+            # Not the context manager torch.cuda.graph: it collects garbage at each capture, over all these buffers.
+            graph.capture_begin(capture_error_mode="relaxed")
+            try:
                 for call in calls:
                     call()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
             replay: Call = graph.replay
             return replay
         self.stream.begin_capture()
@@ -261,8 +276,10 @@ class GpuRig(Rig):
             launches.append(self._capture(chosen, capture))
         rounds = max(replays, min(graphs, 3 * replays))
         events = [self.xp.cuda.Event() for _ in range(rounds + 1)]
-        for launch in launches[-2:]:  # the lead: keeps the host ahead of the GPU, and the order of the rotation
-            launch()
+        # The lead raises the clocks and keeps the host ahead of the GPU; it ends where the rotation begins.
+        lead = min(max(math.ceil(LEAD_US / (length * max(expected_us, 0.5))), 2), 40)
+        for i in range(-lead, 0):
+            launches[i % graphs]()
         events[0].record(self.stream)
         for i in range(rounds):
             launches[i % graphs]()
@@ -341,19 +358,25 @@ class GpuRig(Rig):
 
     def machine(self) -> dict[str, Any]:
         runtime = self.xp.cuda.runtime
-        properties = runtime.getDeviceProperties(self.device.id)
+        name = runtime.getDeviceProperties(self.device.id)["name"]
         return {
             **super().machine(),
-            "gpu": properties["name"].decode(),
+            "gpu": name.decode() if isinstance(name, bytes) else str(name),
             "compute_capability": self.device.compute_capability,
             "multiprocessors": self.sms,
             "l2_mb": round(self.l2_bytes / 1e6, 1),
-            "memory_gb": round(properties["totalGlobalMem"] / 1e9, 1),
+            "memory_gb": round(self.memory_bytes / 1e9, 1),
             "driver": _driver(),
             "cuda_driver_api": runtime.driverGetVersion(),
             "cuda_runtime": runtime.runtimeGetVersion(),
-            "nvrtc": ".".join(map(str, self.xp.cuda.nvrtc.getVersion())) if hasattr(self.xp.cuda, "nvrtc") else None,
+            "nvrtc": _nvrtc(),
         }
+
+
+def _nvrtc() -> str:
+    from cupy_backends.cuda.libs import nvrtc
+
+    return ".".join(map(str, nvrtc.getVersion()))
 
 
 def _driver() -> str:

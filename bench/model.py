@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -12,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,32 @@ def require(needs: Sequence[str]) -> None:
             getattr(importlib.import_module("cupy_lora"), need)
         except (ImportError, AttributeError) as error:
             raise LookupError(f"cupy_lora.{need} is not there ({type(error).__name__}: {error})") from error
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A step function that takes one line for each thing done: above a bar on a terminal, numbered elsewhere."""
+    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=True) as bar:
+            task = bar.add_task("", total=total)
+
+            def step(line: str) -> None:
+                bar.console.print(line, markup=False, highlight=False)
+                bar.advance(task)
+
+            yield step
+        return
+    done = 0
+
+    def count(line: str) -> None:
+        nonlocal done
+        done += 1
+        say(f"[{done:>3}/{total}] {line}")
+
+    yield count
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from . import peers as peer_table
-from .model import OURS, Case, Report, Row, Work, require, say
+from .model import OURS, Case, Report, Row, Work, progress, require, say
 
 FAMILIES = {
     "lora": "bench_lora",
@@ -85,13 +85,12 @@ def run_families(families: list[str], rig: Any, report: Report, options: Options
             say(f"[{family}] missing: {missing}")
             continue
         plans.append((module, select(module, options)))
-    total = sum(len(chosen) for _, chosen in plans)
-    number = 0
-    for module, chosen in plans:
-        for case in chosen:
-            number += 1
-            if options.shard is not None and number % options.shard[1] != options.shard[0]:
-                continue
+    work = [(module, case) for module, chosen in plans for case in chosen]
+    if options.shard is not None:
+        index, count = options.shard
+        work = work[index::count]
+    with progress(len(work)) as step:
+        for module, case in work:
             if report.elapsed > options.budget:
                 report.add(Row(case.family, case.name, OURS, "", status="skipped", note="the budget is spent"))
                 continue
@@ -102,7 +101,7 @@ def run_families(families: list[str], rig: Any, report: Report, options: Options
                 say(f"stopping: {lost}", err=True)
                 return
             line = "; ".join(_brief(row) for row in report.rows[before:])
-            say(f"[{number:>3}/{total}] {report.elapsed:5.0f} s  {case.family} {case.name}: {line}")
+            step(f"{report.elapsed:5.0f} s  {case.family} {case.name}: {line}")
 
 
 def _brief(row: Row) -> str:

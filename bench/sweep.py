@@ -16,12 +16,12 @@ import numpy as np
 
 from . import bench_lora, precompile
 from .bench_lora import SEQUENCE, Layer, LayerSet
-from .model import Case, Report, geometric_mean, say
+from .model import Case, Report, geometric_mean, progress, say
 
 FIELDS = ("form", "rows", "cluster", "warps", "stages")
 CHOSEN = "chosen"
 # Both forms over what an H200 fits; a config that does not suit a case raises and is left out of its row.
-DEFAULT = ("direct:8:1|2|4|8|16:4|8|16:1", "ring:16|32|64:1|2|4|8|16:8:3|4")
+DEFAULT = ("direct:8:1|2|4|8|16:4|8|16", "ring:16|32|64:1|2|4|8|16:8:3|4")
 WITHIN = 1.10
 
 
@@ -136,25 +136,25 @@ def run(args: argparse.Namespace, given: list[str], options: Any, make_rig: Call
     report = Report(None, rig.machine(), given)
     rows: list[dict[str, Any]] = []
     bad = 0
-    for number, case in enumerate(cases, 1):
-        if report.elapsed > options.budget:
-            say(f"the budget is spent: {len(cases) - number + 1} cases left out")
-            break
-        try:
-            found = sweep_case(case, specs, rig, args.replays)
-        except Exception as error:
-            say(f"{case.name}: {traceback.format_exc()}", err=True)
-            found = [{"case": case.name, "config": CHOSEN, "status": "failed", "note": str(error)[:300]}]
+    with progress(len(cases)) as step:
+        for number, case in enumerate(cases, 1):
+            if report.elapsed > options.budget:
+                say(f"the budget is spent: {len(cases) - number + 1} cases left out")
+                break
+            try:
+                found = sweep_case(case, specs, rig, args.replays)
+            except Exception as error:
+                say(f"{case.name}: {traceback.format_exc()}", err=True)
+                found = [{"case": case.name, "config": CHOSEN, "status": "failed", "note": str(error)[:300]}]
+            rows += found
+            bad += sum(row["status"] in ("failed", "wrong") for row in found)
+            step(f"{report.elapsed:4.0f} s  {brief(found)}")
+            if args.json is not None:
+                _write(args, report, rows)
             if _lost(rig):
                 say("stopping: the device is lost", err=True)
-                bad += 1
                 break
-        rows += found
-        bad += sum(row["status"] in ("failed", "wrong") for row in found)
-        say(f"[{number}/{len(cases)}] {report.elapsed:4.0f} s  {brief(found)}")
-        if args.json is not None:
-            _write(args, report, rows)
-        rig.release()
+            rig.release()
     if args.json is not None:
         _write(args, report, rows)
     say("\n" + text(rows))
