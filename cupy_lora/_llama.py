@@ -222,11 +222,11 @@ class Llama:
 
 
 class KvCache:
-    """Keys (rotated) and values of one sequence: per layer two ``(capacity, num_kv_heads, head_dim)`` arrays."""
+    """One sequence's keys (rotated) and values: per layer two ``(capacity, num_kv_heads, head_dim)`` arrays."""
 
     def __init__(self, config: LlamaConfig, capacity: int, xp: Xp, dtype: np.dtype[Any]) -> None:
         shape = (config.num_hidden_layers, 2, capacity, config.num_key_value_heads, config.head_dim)
-        self.pages = xp.zeros(shape, dtype)
+        self.layers = xp.zeros(shape, dtype)
         self.length = 0
 
 
@@ -236,8 +236,8 @@ class Batch:
 
     tokens: XpArray  # (n,) int64
     positions: XpArray  # (n,) int64
-    caches: Sequence[KvCache]
-    bounds: Sequence[int]  # (len(caches) + 1,): the rows of sequence i are bounds[i] .. bounds[i + 1]
+    sequences: Sequence[Any]  # what Ops.open gave
+    bounds: Sequence[int]  # (len(sequences) + 1,): the rows of sequence i are bounds[i] .. bounds[i + 1]
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # (n,) adapter of each row, -1 = none
 
 
@@ -254,11 +254,39 @@ class Ops:
     def store(self, x: XpArray) -> XpArray:
         return from_float32(self.xp, x, self.dtype)
 
+    def open(self, capacity: int) -> Any:
+        """A new sequence, without tokens yet, that will have at most ``capacity``."""
+        return KvCache(self.config, capacity, self.xp, self.dtype)
+
+    def close(self, sequence: Any) -> None:
+        """The sequence is done."""
+
+    def length(self, sequence: Any) -> int:
+        """Tokens of the sequence so far."""
+        return int(sequence.length)
+
     def begin(self, batch: Batch) -> None:
-        """Prepare what the layers of one step share."""
+        """Prepare what the layers of one step share; the sequences now count their new tokens."""
         angles = batch.positions[:, None] * self.frequencies[None, :]
         self.cos = self.xp.cos(angles).astype(self.xp.float32)[:, None, :]
         self.sin = self.xp.sin(angles).astype(self.xp.float32)[:, None, :]
+        self.grow(batch)
+
+    def grow(self, batch: Batch) -> None:
+        for i, sequence in enumerate(batch.sequences):
+            sequence.length += batch.bounds[i + 1] - batch.bounds[i]
+
+    def write_kv(self, k: XpArray, v: XpArray, layer: int, batch: Batch) -> None:
+        """Store the new tokens' keys and values, ``(n, num_kv_heads, head_dim)``, behind those of their sequences."""
+        for i, sequence in enumerate(batch.sequences):
+            start, stop = batch.bounds[i], batch.bounds[i + 1]
+            rows = slice(sequence.length - (stop - start), sequence.length)
+            sequence.layers[layer, 0, rows], sequence.layers[layer, 1, rows] = k[start:stop], v[start:stop]
+
+    def read_kv(self, sequence: Any, layer: int) -> tuple[XpArray, XpArray]:
+        """All keys and values of a sequence: ``(length, num_kv_heads, head_dim)`` each."""
+        keys, values = sequence.layers[layer]
+        return keys[: sequence.length], values[: sequence.length]
 
     def rms_norm(self, x: XpArray, weight: XpArray) -> XpArray:
         wide = self.widen(x)
@@ -299,13 +327,11 @@ class Ops:
         split = qkv.reshape(n, heads + 2 * kv_heads, dim)
         q, k = self.rotate(split[:, :heads]), self.rotate(split[:, heads : heads + kv_heads])
         v = split[:, heads + kv_heads :]
+        self.write_kv(k, v, layer, batch)
         out = xp.empty((n, heads, dim), self.dtype)
-        for i, cache in enumerate(batch.caches):
+        for i, sequence in enumerate(batch.sequences):
             start, stop = batch.bounds[i], batch.bounds[i + 1]
-            total = cache.length + stop - start
-            keys, values = cache.pages[layer]
-            keys[cache.length : total], values[cache.length : total] = k[start:stop], v[start:stop]
-            out[start:stop] = self._attend(q[start:stop], keys[:total], values[:total])
+            out[start:stop] = self._attend(q[start:stop], *self.read_kv(sequence, layer))
         return out.reshape(n, heads * dim)
 
     def _attend(self, q: XpArray, keys: XpArray, values: XpArray) -> XpArray:
@@ -325,7 +351,7 @@ class Ops:
 
 
 def forward(ops: Ops, batch: Batch, rows: XpArray) -> XpArray:
-    """One step over a batch of sequences; grows their caches.
+    """One step over a batch of sequences, which grow by their new tokens.
 
     Parameters
     ----------
@@ -349,6 +375,4 @@ def forward(ops: Ops, batch: Batch, rows: XpArray) -> XpArray:
         hidden, normed = ops.add_rms_norm(ops.linear(attended, i, "o"), hidden, layer.post_norm)
         gated = ops.silu_mul(ops.linear(normed, i, "gate_up"))
         hidden, normed = ops.add_rms_norm(ops.linear(gated, i, "down"), hidden, next_norm)
-    for i, cache in enumerate(batch.caches):
-        cache.length += batch.bounds[i + 1] - batch.bounds[i]
     return ops.widen(normed[rows]) @ model.head.T

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32
-from ._llama import GROUPS, Batch, KvCache, Llama, LlamaConfig, Ops, Xp, XpArray, forward, read_config
+from ._llama import GROUPS, Batch, Llama, LlamaConfig, Ops, Xp, XpArray, forward, read_config
 from .peft import PeftAdapter, load_peft, safetensors_package
 
 ADAPTERS = Path(__file__).resolve().parent / "data" / "adapters"
+PAGE_SIZE = 16  # tokens of a page of the KV cache
 DTYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
 
 # Both runs round at nearly the same places, so their largest errors are draws from about the same distribution: over
@@ -139,14 +140,39 @@ class Verdict:
 
 
 class ServedOps(Ops):
-    """The model as a server runs it: base weights in common, every row's own adapter added by ``add_lora``."""
+    """The model as a server runs it, on the library's ops: base weights in common, every row's own adapter on top.
 
-    def __init__(self, model: Llama, dtype: np.dtype[Any], adapters: Sequence[PeftAdapter], max_tokens: int) -> None:
+    Parameters
+    ----------
+    model : Llama
+    dtype : numpy.dtype
+        float16 or bfloat16.
+    adapters : sequence of PeftAdapter
+        Slot 0 and on.
+    max_tokens : int
+        Rows of a step, at most.
+    num_pages : int
+        Pages of the KV cache, of ``PAGE_SIZE`` tokens.
+    """
+
+    def __init__(
+        self, model: Llama, dtype: np.dtype[Any], adapters: Sequence[PeftAdapter], max_tokens: int, num_pages: int
+    ) -> None:
         super().__init__(model, dtype)
-        from . import LoraBatch, LoraWeights
+        from . import LoraBatch, LoraWeights, PagedKvCache
 
         slots = max(len(adapters), 1)
         device = "cpu" if self.xp is np else None  # None: the current GPU
+        config = self.config
+        self.cache = PagedKvCache(
+            num_pages,
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            PAGE_SIZE,
+            config.head_dim,
+            dtype,
+            device=device,
+        )
         self.schedule = LoraBatch(max_tokens, max_adapters=slots, device=device)
         self.lora: list[dict[str, Any]] = []
         loaded: set[str] = set()
@@ -165,9 +191,38 @@ class ServedOps(Ops):
             if homeless:
                 raise ValueError(f"{adapter.path}: expected adapters of modules that the model has, got {homeless[0]}")
 
+    def open(self, capacity: int) -> int:
+        return int(self.cache.add())
+
+    def close(self, sequence: int) -> None:
+        self.cache.free(sequence)
+
+    def length(self, sequence: int) -> int:
+        return int(self.cache.length(sequence))
+
     def begin(self, batch: Batch) -> None:
         super().begin(batch)
         self.schedule.update(batch.slots)
+
+    def grow(self, batch: Batch) -> None:
+        for sequence, count in zip(batch.sequences, np.diff(batch.bounds).tolist(), strict=True):
+            self.cache.extend(sequence, count)
+        self.tables = self.cache.batch(batch.sequences)
+        self.bounds = self.xp.asarray(np.array(batch.bounds, np.int32))
+
+    def write_kv(self, k: XpArray, v: XpArray, layer: int, batch: Batch) -> None:
+        from . import init_kv
+
+        sizes = self.config.num_hidden_layers, layer, self.config.num_key_value_heads, PAGE_SIZE
+        init_kv(*self.tables, k, v, self.bounds, *sizes)
+
+    def read_kv(self, sequence: int, layer: int) -> tuple[XpArray, XpArray]:
+        config = self.config
+        pages = self.xp.asarray(self.cache.pages_of(sequence))
+        held = self.cache.pages[:, layer][pages]  # (pages, 2, heads, page_size, head_dim)
+        shape = (2, -1, config.num_key_value_heads, config.head_dim)
+        keys, values = held.transpose(1, 0, 3, 2, 4).reshape(shape)[:, : self.cache.length(sequence)]
+        return keys, values
 
     def rms_norm(self, x: XpArray, weight: XpArray) -> XpArray:
         from . import rms_norm
@@ -227,6 +282,11 @@ def make_requests(count: int, adapters: int, vocab_size: int) -> list[Request]:
     return requests
 
 
+def pages_for(request: Request, tokens: int) -> int:
+    """Pages of the KV cache that a request takes until its last token."""
+    return -(-(len(request.prompt) + tokens) // PAGE_SIZE)
+
+
 def serve(ops: Ops, requests: Sequence[Request], tokens: int, admit: int, tick: Any = None) -> float:
     """Answer all requests greedily, ``tokens`` each; ``admit`` new ones join per step.
 
@@ -236,23 +296,22 @@ def serve(ops: Ops, requests: Sequence[Request], tokens: int, admit: int, tick: 
         Seconds.
     """
     xp = ops.xp
-    waiting, running = list(requests), list[tuple[Request, KvCache]]()
+    waiting, running = list(requests), list[tuple[Request, Any]]()
     begun = time.perf_counter()
     while waiting or running:
         for request in waiting[:admit]:
             request.started = time.perf_counter()
-            running.append((request, KvCache(ops.config, len(request.prompt) + tokens, xp, ops.dtype)))
+            running.append((request, ops.open(len(request.prompt) + tokens)))
         del waiting[:admit]
         fresh = [request.tokens[-1:] or request.prompt for request, _ in running]
         bounds = np.cumsum([0, *map(len, fresh)])
-        positions = [
-            np.arange(cache.length, cache.length + len(new)) for (_, cache), new in zip(running, fresh, strict=True)
-        ]
+        lengths = [ops.length(sequence) for _, sequence in running]
+        positions = [np.arange(n, n + len(new)) for n, new in zip(lengths, fresh, strict=True)]
         slots = np.repeat(np.array([request.adapter for request, _ in running], np.int32), np.diff(bounds))
         batch = Batch(
             xp.asarray(np.concatenate(fresh)),
             xp.asarray(np.concatenate(positions)),
-            [cache for _, cache in running],
+            [sequence for _, sequence in running],
             bounds.tolist(),
             slots,
         )
@@ -262,6 +321,9 @@ def serve(ops: Ops, requests: Sequence[Request], tokens: int, admit: int, tick: 
             request.tokens.append(int(row.argmax()))
             request.logits.append(row)
             request.seconds = now - request.started
+        for request, sequence in running:
+            if len(request.tokens) == tokens:
+                ops.close(sequence)
         running = [pair for pair in running if len(pair[0].tokens) < tokens]
         if tick is not None:
             tick()
@@ -274,10 +336,11 @@ def replay(ops: Ops, requests: Sequence[Request]) -> list[np.ndarray]:
     found = []
     for request in requests:
         known = np.array(request.prompt + request.tokens[:-1])
-        cache = KvCache(ops.config, len(known), xp, ops.dtype)
-        batch = Batch(xp.asarray(known), xp.asarray(np.arange(len(known))), [cache], [0, len(known)])
+        sequence = ops.open(len(known))
+        batch = Batch(xp.asarray(known), xp.asarray(np.arange(len(known))), [sequence], [0, len(known)])
         rows = np.arange(len(request.prompt) - 1, len(known))
         found.append(host(forward(ops, batch, xp.asarray(rows))))
+        ops.close(sequence)
     return found
 
 
@@ -380,7 +443,9 @@ def run(options: argparse.Namespace) -> int:
     vocab_size = read_config(folder).vocab_size
     requests = make_requests(options.requests, len(folders), vocab_size)
     warmup = make_requests(len(folders) + 1, len(folders), vocab_size)
-    most_rows = max(sum(len(request.prompt) for request in group) for group in (requests, warmup))
+    groups = (requests, warmup)
+    most_rows = max(sum(len(request.prompt) for request in group) for group in groups)
+    most_pages = max(sum(pages_for(request, options.tokens) for request in group) for group in groups)
 
     with Progress(console=console, transient=True) as progress:
         loading = progress.add_task("load", total=len(folders) + 2)
@@ -390,9 +455,11 @@ def run(options: argparse.Namespace) -> int:
         for path in folders.values():
             stored.append(load_peft(path))
             progress.advance(loading)
-        served = ServedOps(model, dtype, [load_peft(path, dtype=dtype) for path in folders.values()], most_rows)
+        served = ServedOps(
+            model, dtype, [load_peft(path, dtype=dtype) for path in folders.values()], most_rows, most_pages
+        )
         # Compiles what is missing in CuPy's cache, so that the times below are of serving alone.
-        serve(served, warmup, 2, len(warmup))
+        serve(served, warmup, min(2, options.tokens), len(warmup))
         progress.advance(loading)
         steps = options.tokens + (len(requests) - 1) // options.admit
         serving = progress.add_task("serve", total=steps)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import engines
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import cupy_lora
 from cupy_lora import _llama, demo, load_peft
 from cupy_lora.__main__ import main
-from cupy_lora._llama import Batch, KvCache, Llama, LlamaConfig, Ops, forward, from_float32, read_config, to_float32
+from cupy_lora._llama import Batch, Llama, LlamaConfig, Ops, forward, from_float32, read_config, to_float32
 from cupy_lora.demo import ADAPTERS, DEMO_CONFIG, DTYPES, MergedOps, ServedOps, Verdict
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "expected.json").read_text())
@@ -62,7 +63,7 @@ def test_merged_logits_are_those_of_transformers_and_peft(checkpoint, name):
     ops = MergedOps(model, FLOAT32, None if name == "bare" else load_peft(ADAPTERS / name))
     prompt = np.array(EXPECTED["prompt"])
     n = len(prompt)
-    batch = Batch(prompt, np.arange(n), [KvCache(model.config, n, np, FLOAT32)], [0, n])
+    batch = Batch(prompt, np.arange(n), [ops.open(n)], [0, n])
     got, want = forward(ops, batch, np.array([n - 1]))[0], np.array(EXPECTED[name]["logits"])
     # 16 float32 roundings on the way from the embedding to a logit, each on sums of about the logits' size.
     np.testing.assert_allclose(got, want, rtol=0, atol=16 * np.finfo(np.float32).eps * np.abs(want).max())
@@ -73,8 +74,8 @@ def test_tokens_one_by_one_give_the_logits_of_the_whole(checkpoint):
     ops = Ops(model)
     tokens = np.array(EXPECTED["prompt"])
     n = len(tokens)
-    whole = forward(ops, Batch(tokens, np.arange(n), [KvCache(model.config, n, np, FLOAT32)], [0, n]), np.arange(n))
-    cache = KvCache(model.config, n, np, FLOAT32)
+    whole = forward(ops, Batch(tokens, np.arange(n), [ops.open(n)], [0, n]), np.arange(n))
+    cache = ops.open(n)
     for i in range(n):
         batch = Batch(tokens[i : i + 1], np.array([i]), [cache], [0, 1])
         np.testing.assert_allclose(forward(ops, batch, np.array([0]))[0], whole[i], rtol=0, atol=3e-5)
@@ -85,12 +86,12 @@ def test_sequences_of_a_batch_do_not_see_each_other(checkpoint):
     ops = Ops(model)
     prompts = [[1, 2, 3], [200], [7, 7, 9, 11, 250]]
     bounds = np.cumsum([0, *map(len, prompts)])
-    caches = [KvCache(model.config, len(prompt), np, FLOAT32) for prompt in prompts]
+    caches = [ops.open(len(prompt)) for prompt in prompts]
     positions = np.concatenate([np.arange(len(prompt)) for prompt in prompts])
     together = forward(ops, Batch(np.concatenate(prompts), positions, caches, bounds.tolist()), bounds[1:] - 1)
     for row, prompt in zip(together, prompts, strict=True):
         n = len(prompt)
-        alone = Batch(np.array(prompt), np.arange(n), [KvCache(model.config, n, np, FLOAT32)], [0, n])
+        alone = Batch(np.array(prompt), np.arange(n), [ops.open(n)], [0, n])
         np.testing.assert_allclose(row, forward(ops, alone, np.array([n - 1]))[0], rtol=0, atol=3e-5)
 
 
@@ -244,7 +245,7 @@ def served(request, checkpoint):
     model = Llama.read(checkpoint, np, dtype)
     adapters = [load_peft(ADAPTERS / name) for name in NAMES]
     requests = demo.make_requests(12, len(adapters), 256)
-    ops = ServedOps(model, dtype, [load_peft(ADAPTERS / name, dtype=dtype) for name in NAMES], 500)
+    ops = ServedOps(model, dtype, [load_peft(ADAPTERS / name, dtype=dtype) for name in NAMES], 500, 100)
     demo.serve(ops, requests, 8, 5)
     return model, dtype, adapters, requests
 
@@ -263,6 +264,21 @@ def test_every_request_agrees_and_every_adapter_shows(served):
             assert verdict.effect == 0
 
 
+@pytest.mark.simt
+@pytest.mark.slow
+def test_the_cuda_sources_serve_the_demo(checkpoint):
+    dtype = DTYPES["float16"]
+    model = Llama.read(checkpoint, np, dtype)
+    adapters = [load_peft(ADAPTERS / name) for name in NAMES]
+    requests = demo.make_requests(6, len(adapters), 256)
+    for request in requests:
+        del request.prompt[4:]
+    with engines.running("simt"):
+        demo.serve(ServedOps(model, dtype, adapters, 24, 6), requests, 2, 6)
+    verdicts = demo.check(model, dtype, adapters, requests)
+    assert {name: verdict for name, verdict in verdicts.items() if not verdict.passed} == {}
+
+
 def test_an_adapter_changes_the_tokens(served):
     _, _, _, requests = served
     same_prompt = [request for request in requests if request.prompt == requests[0].prompt]
@@ -273,7 +289,7 @@ def test_an_adapter_changes_the_tokens(served):
 def test_a_step_mixes_prompts_and_single_tokens_of_many_adapters(checkpoint, monkeypatch):
     model = Llama.read(checkpoint, np, DTYPES["float16"])
     requests = demo.make_requests(8, len(NAMES), 256)
-    ops = ServedOps(model, DTYPES["float16"], [load_peft(ADAPTERS / name) for name in NAMES], 500)
+    ops = ServedOps(model, DTYPES["float16"], [load_peft(ADAPTERS / name) for name in NAMES], 500, 100)
     seen = []
     begin = ops.begin
     monkeypatch.setattr(ops, "begin", lambda batch: (seen.append(batch), begin(batch)))
@@ -284,6 +300,7 @@ def test_a_step_mixes_prompts_and_single_tokens_of_many_adapters(checkpoint, mon
     assert lengths.tolist() == [1] * 6 + [len(request.prompt) for request in requests[6:]]
     assert set(seen[1].slots) == {-1, 0, 1, 2, 3, 4}
     assert all(len(request.tokens) == len(request.logits) == 4 for request in requests)
+    assert ops.cache.free_pages == ops.cache.num_pages  # every request gave its pages back
 
 
 def wrong_scale(real):
@@ -322,7 +339,7 @@ def update_for_the_bare_model(real):
 @pytest.mark.parametrize("fault", [wrong_scale, no_update, neighbours_adapter, one_nan, update_for_the_bare_model])
 def test_a_fault_in_add_lora_fails_the_demo(cache, monkeypatch, capsys, fault):
     monkeypatch.setattr(cupy_lora, "add_lora", fault(cupy_lora.add_lora), raising=False)
-    assert run_demo("--dtype", "bfloat16", "--tokens", "6") == 1  # the coarser dtype hides more
+    assert run_demo("--dtype", "bfloat16", "--tokens", "4", "--requests", "6") == 1  # the coarser dtype hides more
     assert "are further from their merged model than rounding" in " ".join(capsys.readouterr().out.split())
 
 
