@@ -140,9 +140,7 @@ def norm_kernels(norm: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
         columns: int, dtype: np.dtype[Any], weight: np.dtype[Any], *, fused: bool = False, offset: int = 0, pad: int = 0
     ) -> Named:
         x, residual, out = (array((3, columns), dtype, (columns + pad, 1), offset) for _ in range(3))
-        launch = norm.plan_rms_norm(
-            x, residual if fused else None, array((columns,), weight), out, 1e-6, facts
-        )
+        launch = norm.plan_rms_norm(x, residual if fused else None, array((columns,), weight), out, 1e-6, facts)
         unaligned = "-unaligned" if offset or pad else ""
         name = f"{columns}-{_SHORT[dtype.name]}-{_SHORT[weight.name]}{'-fused' if fused else ''}{unaligned}"
         return name, launch.kernel
@@ -174,3 +172,19 @@ def paged_kv_kernels(paged_kv: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
                     unaligned = "-unaligned" if offset else ""
                     name = f"{'init' if new else 'append'}-h{heads}-d{head_dim}-p{page}-{_SHORT[dtype.name]}{unaligned}"
                     yield name, launch.kernel
+
+
+@family("_metadata_plan")
+def metadata_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
+    del facts  # the same plan everywhere
+    for dtype in (INT32, INT64):
+        rows, table = array((5,), dtype), array((5, 300), dtype)
+        cu, slots, flat = array((6,), dtype), array((1000,), dtype), array((5000,), dtype)
+        name = dtype.name
+        yield f"ragged-{name}", plan.ragged(table, rows, rows, flat, 300).kernel
+        yield f"step-{name}", plan.decode_step(table, rows, rows, flat, cu, rows, rows, None, None, 300).kernel
+        for most in (1, 100, 4096):  # one thread, one warp, one block a row
+            yield f"padded-{name}-{most}", plan.padded(cu, table, flat, most).kernel
+            yield f"copy-{name}-{most}", plan.copy_next_input_ids(table, rows, rows, rows, flat, cu, most).kernel
+            yield f"position-{name}-{most}", plan.position_slot_ids(rows, cu, cu, flat, flat, most).kernel
+            yield f"slots-{name}-{most}", plan.slots_filtering(slots, flat, cu, rows, most).kernel
