@@ -39,7 +39,7 @@ def block_tables_to_padded(
 ) -> None:
     """See :func:`cupy_lora.block_tables_to_padded`."""
     del max_blocks
-    for row, start, stop in zip(block_tables, cu_seqlen.tolist(), cu_seqlen[1:].tolist(), strict=True):
+    for row, start, stop in zip(block_tables, cu_seqlen[:-1].tolist(), cu_seqlen[1:].tolist(), strict=True):
         if start >= 0:
             part = block_tables_ragged[start:stop][: row.shape[0]]
             row[: part.shape[0]] = part
