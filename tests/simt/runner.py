@@ -246,14 +246,18 @@ def _build(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Path
     library = cache_folder() / f"{name}-{digest.hexdigest()[:24]}.so"
     if library.exists():
         return library
-    with tempfile.TemporaryDirectory(prefix="build_", dir=cache_folder()) as scratch:
-        source, built = Path(scratch) / f"{library.stem}.cpp", Path(scratch) / library.name
+    scratch = Path(tempfile.mkdtemp(prefix="build_", dir=cache_folder()))
+    try:
+        source, built = scratch / f"{library.stem}.cpp", scratch / library.name
         source.write_text(unit)
         command = [*_compiler(), *options, f"-I{folder}", str(source), "-o", str(built), "-ldl"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise RuntimeError(f"{name} did not compile for the CPU:\n{' '.join(command)}\n{result.stderr[:6000]}")
         built.replace(library)
+    finally:
+        if "--coverage" not in options:  # gcov's notes and counts lie beside the source
+            shutil.rmtree(scratch)
     return library
 
 
