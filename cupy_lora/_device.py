@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from . import _jit
+import numpy as np
+
+from . import _arrays, _jit
 from ._arrays import CPU
 from ._lora_checks import integer
 
@@ -44,6 +46,19 @@ def resolve(device: Any) -> int:
     integer("device", number, 0, int(_jit._cupy().cuda.runtime.getDeviceCount()) - 1)
     _jit.device_arch(number)
     return number
+
+
+def filled(shape: tuple[int, ...], dtype: np.dtype[Any], device: int, value: int) -> Any:
+    """A new array of one value, there for every stream: waits for the device once."""
+    array = _arrays.empty(shape, dtype, device)
+    if device == CPU:
+        array.fill(value)
+        return array
+    cupy = _jit._cupy()
+    with cupy.cuda.Device(device):
+        array.fill(value)
+        cupy.cuda.get_current_stream().synchronize()
+    return array
 
 
 def capturing(stream: Any) -> bool:

@@ -7,11 +7,14 @@ from typing import Any
 from . import _env, _jit, _loop, reference
 from ._arrays import CPU, check_no_overlap, check_shape, same_device, stream_for, view
 from ._lora_checks import check_mix, real, rows
+from .dispatch import LoraConfig
 from .lora_batch import LoraBatch
 from .lora_weights import LoraWeights
 
 
-def add_lora(y: Any, x: Any, weights: LoraWeights, batch: LoraBatch, *, scale: float = 1.0) -> Any:
+def add_lora(
+    y: Any, x: Any, weights: LoraWeights, batch: LoraBatch, *, scale: float = 1.0, config: LoraConfig | None = None
+) -> Any:
     """Add each row's own low-rank update: ``y[t] += scale * slot_scale * (x[t] @ A.T) @ B.T``.
 
     Parameters
@@ -27,6 +30,8 @@ def add_lora(y: Any, x: Any, weights: LoraWeights, batch: LoraBatch, *, scale: f
         Which adapter each row uses, on the device of the arrays.
     scale : float
         Multiplies every adapter's own scale, in float32.
+    config : LoraConfig, optional
+        Overrides the library's choice (:func:`cupy_lora.dispatch.choose_lora`): the same bits at another speed.
 
     Returns
     -------
@@ -60,8 +65,8 @@ def add_lora(y: Any, x: Any, weights: LoraWeights, batch: LoraBatch, *, scale: f
     device = weights.device
     if xa.device != device or ya.device != device or batch.device != device:
         same_device(y=ya, x=xa, weights=weights.table_view, batch=view("batch", batch.indices))
-    if count != (batch.max_tokens if batch.num_tokens is None else batch.num_tokens):
-        _check_rows(count, batch)
+    if count != batch.num_tokens:
+        raise ValueError(f"y: expected the {batch.num_tokens} rows of the batch, got {count}")
     if batch.max_adapters > weights.max_adapters:
         raise ValueError(
             f"batch: expected at most the {weights.max_adapters} adapters of weights, got {batch.max_adapters}"
@@ -75,18 +80,13 @@ def add_lora(y: Any, x: Any, weights: LoraWeights, batch: LoraBatch, *, scale: f
         return y
     stream = stream_for(device, y, x)
     if _env.DISABLE_SGMV.on:
+        if not batch.has_indices:
+            raise ValueError("batch: expected an update since DISABLE_SGMV was set, got one from before")
         _loop.add_lora(ya, xa, weights, batch, scale, stream)
     else:
         from . import _lora_plan
 
-        launch = _lora_plan.add_lora(ya, xa, weights, batch, scale, _jit.device_facts(device))
+        launch = _lora_plan.add_lora(ya, xa, weights, batch, scale, _jit.device_facts(device), config)
         _jit.run(launch, device, stream)
     weights.used_on(stream)
     return y
-
-
-def _check_rows(count: int, batch: LoraBatch) -> None:
-    if batch.num_tokens is not None:
-        raise ValueError(f"y: expected the {batch.num_tokens} rows of the batch, got {count}")
-    if count > batch.max_tokens:
-        raise ValueError(f"y: expected at most {batch.max_tokens} rows (max_tokens of the batch), got {count}")

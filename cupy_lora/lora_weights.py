@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -72,6 +73,8 @@ class LoraWeights:
     slices : tuple of int
         Width of each slice; one entry where ``out_features`` is an int.
     dtype : numpy.dtype
+    rank_set : frozenset of int
+        The distinct ranks that are loaded now.
 
     Raises
     ------
@@ -104,16 +107,14 @@ class LoraWeights:
         self.max_adapters = integer("max_adapters", max_adapters, 1)
         self.dtype = _half(dtype)
         self.device = _device.resolve(device)
-        self.table = _arrays.empty((self.max_adapters, len(widths), 4), INT64, self.device)
-        self.table.fill(0)
-        if self.device != CPU:
-            _jit._cupy().cuda.get_current_stream(self.device).synchronize()
+        self.table = _device.filled((self.max_adapters, len(widths), 4), INT64, self.device, 0)
         self.table_view = view("table", self.table)
         self._parts: list[tuple[Part | None, ...]] = [(None,) * len(widths)] * self.max_adapters
         self._buffers: list[Any] = [None] * self.max_adapters
         self._kept: list[tuple[Any, ...]] = [()] * self.max_adapters
         self._streams: dict[int, Any] = {}
         self._retired: list[tuple[Any, list[Any]]] = []
+        self.rank_set: frozenset[int] = frozenset()
 
     # ------------------------------------------------------------------ what is loaded
 
@@ -127,11 +128,6 @@ class LoraWeights:
         """Rank of each slot (per slice where there are several); 0: no adapter."""
         per_slot = [tuple(0 if part is None else part.rank for part in parts) for parts in self._parts]
         return tuple(ranks[0] for ranks in per_slot) if self.num_slices == 1 else tuple(per_slot)
-
-    @property
-    def rank_set(self) -> frozenset[int]:
-        """The distinct ranks that are loaded now."""
-        return frozenset(part.rank for parts in self._parts for part in parts if part is not None)
 
     @property
     def nbytes(self) -> int:
@@ -194,7 +190,9 @@ class LoraWeights:
         for i, pair in enumerate(pairs):
             if pair is not None:
                 self._check_pair(i, *pair, copy=bool(copy))
-        stream = self._stream(*(matrix.obj for pair in pairs if pair is not None for matrix in pair))
+        stream = self._stream(
+            *(matrices if isinstance(matrices, (list, tuple)) else (matrices,) for matrices in (a, b))
+        )
         buffer, stored = self._store(pairs, stream) if copy else (None, self._refer(pairs))
         parts = tuple(
             None if pair is None else Part(pair[0], pair[1], int(pair[0].shape[0]), scales[i])
@@ -291,9 +289,9 @@ class LoraWeights:
                     f"{name}: expected memory aligned to {ALIGNMENT} bytes (copy=False), got address {matrix.ptr:#x}"
                 )
 
-    def _stream(self, *objs: Any) -> Any:
+    def _stream(self, *objs: Sequence[Any]) -> Any:
         """The caller's stream; ValueError while it captures: a replay would bring back pointers of freed memory."""
-        stream = stream_for(self.device, *objs)
+        stream = stream_for(self.device, *itertools.chain(*objs))
         if stream is not None and _device.capturing(stream):
             raise ValueError("stream: expected one that captures no graph (load and unload run outside), got a capture")
         return stream
@@ -366,6 +364,7 @@ class LoraWeights:
         if self.device != CPU and (self._buffers[slot] is not None or self._kept[slot]):
             self._retire((self._buffers[slot], self._kept[slot]), stream)
         self._parts[slot] = parts
+        self.rank_set = frozenset(part.rank for loaded in self._parts for part in loaded if part is not None)
         self._buffers[slot] = buffer
         # With copy=False the parts view the caller's memory and keep it alive.
         self._kept[slot] = parts if buffer is None else ()
@@ -376,11 +375,15 @@ class LoraWeights:
         events = []
         with cupy.cuda.Device(self.device):
             for user in {**self._streams, stream.ptr: stream}.values():
-                # An event recorded in a capture belongs to the graph and cannot be asked.
-                if not _device.capturing(user):
-                    event = cupy.cuda.Event(disable_timing=True)
-                    event.record(user)
-                    events.append(event)
+                # An event recorded in a capture belongs to the graph and cannot be asked; nor can the stream.
+                if _device.capturing(user):
+                    continue
+                if user.done and user.ptr != stream.ptr:
+                    del self._streams[user.ptr]
+                    continue
+                event = cupy.cuda.Event(disable_timing=True)
+                event.record(user)
+                events.append(event)
         self._retired.append((memory, events))
 
     def _reap(self) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 import engines
 import ml_dtypes
 import numpy as np
+import tolerance
 
-from cupy_lora import LoraBatch, LoraWeights, reference
+from cupy_lora import LoraBatch, LoraWeights
+from cupy_lora.lora_weights import Part
+from cupy_lora.reference.lora import add_rows
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -153,17 +156,36 @@ def exact_add(data: Data) -> tuple[np.ndarray, np.ndarray]:
     """The result of add_lora in float64, unrounded, and the sum of the absolute values of its terms."""
     results = []
     for one in (data, absolute(data)):
-        weights, batch = load(one, "cpu")
         y = one.y.astype(np.float64)
-        reference.add_lora(y, one.x, weights, batch, scale=one.case.scale)
+        add_rows(np, np.float64, y, one.x, Plain(one), one.indices, one.case.scale)
         results.append(y)
     return results[0], results[1]
+
+
+class Plain:
+    """What the reference reads of a LoraWeights, straight from the case: no table, no launch."""
+
+    def __init__(self, data: Data) -> None:
+        self.max_adapters = len(data.case.ranks)
+        self.slices = data.case.outs
+        self._data = data
+
+    def slot(self, slot: int) -> tuple[Part | None, ...]:
+        pairs = zip(self._data.a[slot], self._data.b[slot], strict=True)
+        scale = self._data.scales[slot]
+        return tuple(None if a is None else Part(a, b, len(a), scale) for a, b in pairs)
 
 
 def terms(case: Case) -> int:
     """How many products and sums make up one element at most."""
     ranks = [case.rank_of(slot, part) for slot in range(len(case.ranks)) for part in range(len(case.outs))]
     return case.in_features + max(ranks, default=0) + 1
+
+
+def assert_added(y: np.ndarray, data: Data) -> None:
+    """Fail unless ``y`` is the result of add_lora, within rounding."""
+    exact, magnitude = exact_add(data)
+    tolerance.assert_close(y, exact, magnitude, terms(data.case), "y")
 
 
 def framed(engine: engines.Engine, host: np.ndarray, case: Case) -> engines.Frame:

@@ -24,8 +24,7 @@ def run(engine: engines.Engine, case: cases.Case) -> np.ndarray:
     assert add_lora(y.view, x.view, weights, batch, scale=case.scale) is y.view
     x.check(engine, "x")
     result = y.check(engine, "y")
-    exact, magnitude = cases.exact_add(data)
-    tolerance.assert_close(result, exact, magnitude, cases.terms(case), "y")
+    cases.assert_added(result, data)
     start = 0
     for part, width in enumerate(case.outs):
         has = np.array([bool(case.rank_of(slot, part)) for slot in range(len(case.ranks))])
@@ -163,8 +162,7 @@ def test_one_batch_serves_many_layers(engine: engines.Engine) -> None:
         weights, _ = cases.load(data, engine.device, engine.array)
         y = engine.array(data.y)
         add_lora(y, engine.array(data.x), weights, batch)
-        exact, magnitude = cases.exact_add(data)
-        tolerance.assert_close(engine.numpy(y), exact, magnitude, cases.terms(data.case))
+        cases.assert_added(engine.numpy(y), data)
 
 
 def test_loop_path(engine: engines.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,8 +242,7 @@ def test_graph_replay_sees_swapped_adapters(gpu: engines.Engine, copy: bool) -> 
             b=[*data.b[:2], [b], [None]],
             scales=[*data.scales[:2], 0.5, 1.0],
         )
-        exact, magnitude = cases.exact_add(swapped)
-        tolerance.assert_close(gpu.numpy(y), exact, magnitude, cases.terms(swapped.case), f"rank {rank}")
+        cases.assert_added(gpu.numpy(y), swapped)
 
 
 @pytest.mark.gpu
@@ -302,8 +299,7 @@ def test_two_devices_are_refused(gpu: engines.Engine) -> None:
     y = other.array(data.y)
     with cupy.cuda.Device(0):
         add_lora(y, other.array(data.x), weights_1, batch_1)
-    exact, magnitude = cases.exact_add(data)
-    tolerance.assert_close(other.numpy(y), exact, magnitude, cases.terms(CASE))
+    cases.assert_added(other.numpy(y), data)
 
 
 @pytest.mark.gpu
@@ -356,8 +352,7 @@ def test_torch_graph(gpu: engines.Engine) -> None:
     y.copy_(torch.from_numpy(data.y))
     graph.replay()
     torch.cuda.synchronize()
-    exact, magnitude = cases.exact_add(data)
-    tolerance.assert_close(y.cpu().numpy(), exact, magnitude, cases.terms(data.case))
+    cases.assert_added(y.cpu().numpy(), data)
 
 
 @pytest.mark.gpu
@@ -373,5 +368,4 @@ def test_jax_arrays_are_read(gpu: engines.Engine) -> None:
     weights, batch = cases.load(data, gpu.device, array)
     y = gpu.array(data.y)
     add_lora(y, array(data.x), weights, batch)
-    exact, magnitude = cases.exact_add(data)
-    tolerance.assert_close(gpu.numpy(y), exact, magnitude, cases.terms(CASE))
+    cases.assert_added(gpu.numpy(y), data)

@@ -1,0 +1,115 @@
+"""The rules by rank, and the choice of a config."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cupy_lora import dispatch
+
+
+def test_constants() -> None:
+    assert dispatch.MIN_SGMV_RANK == 8
+    assert dispatch.MIN_RANK_CUSTOM == 16
+    assert dispatch.MAX_RANK_CUSTOM == 128
+    assert dispatch.SGMV_BLOCK_SIZE == 16
+    assert dispatch.BGMV_MAX_RANK == 128
+
+
+@pytest.mark.parametrize(("value", "has"), [("1", False), ("true", False), ("0", True), ("", True), ("off", True)])
+def test_has_sgmv(monkeypatch: pytest.MonkeyPatch, value: str, has: bool) -> None:
+    monkeypatch.setenv("DISABLE_SGMV", value)
+    assert dispatch.has_sgmv() is has
+
+
+def test_has_sgmv_without_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISABLE_SGMV", raising=False)
+    assert dispatch.has_sgmv() is True
+
+
+@pytest.mark.parametrize(
+    ("rank", "least", "padded"),
+    [(1, 8, 8), (8, 8, 8), (9, 8, 16), (16, 8, 16), (17, 8, 32), (33, 8, 48), (64, 8, 64), (16, 32, 32), (40, 32, 48)],
+)
+def test_pad_to_min_rank(rank: int, least: int, padded: int) -> None:
+    t = np.arange(rank * 3, dtype=np.float32).reshape(3, rank) + 1
+    for dim in (1, -1):
+        got = dispatch.pad_to_min_rank(t, dim, least)
+        assert got.shape == (3, padded)
+        assert got.dtype == t.dtype
+        assert np.array_equal(got[:, :rank], t)
+        assert not got[:, rank:].any()
+        assert (got is t) == (padded == rank)
+    assert dispatch.pad_to_min_rank(t.T, 0, least).shape == (padded, 3)
+
+
+def test_pad_rank_counts_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISABLE_SGMV", raising=False)
+    t = np.ones((4, 2))
+    assert dispatch.pad_rank(t, 0, 1).shape == (8, 2)
+    assert dispatch.pad_rank(t, 0, 4).shape == (32, 2)
+    assert dispatch.pad_rank(t, 1, 2).shape == (4, 16)
+    monkeypatch.setenv("DISABLE_SGMV", "1")
+    assert dispatch.pad_rank(t, 0, 4) is t
+
+
+def test_pad_torch() -> None:
+    torch = pytest.importorskip("torch")
+    got = dispatch.pad_to_min_rank(torch.ones(2, 3, 5), 1, 8)
+    assert got.shape == (2, 8, 5)
+    assert got[:, :3].eq(1).all()
+    assert got[:, 3:].eq(0).all()
+
+
+def test_pad_jax() -> None:
+    jax = pytest.importorskip("jax")
+    got = dispatch.pad_to_min_rank(jax.numpy.ones((3, 5)), 0, 8)
+    assert got.shape == (8, 5)
+    assert float(got.sum()) == 15
+
+
+@pytest.mark.gpu
+def test_pad_cupy() -> None:
+    import cupy
+
+    got = dispatch.pad_to_min_rank(cupy.ones((3, 5)), 0, 8)
+    assert got.shape == (8, 5)
+    assert float(got.sum()) == 15
+
+
+def test_pad_bad_input() -> None:
+    t = np.ones((2, 3))
+    with pytest.raises(ValueError, match=r"dim: expected an integer in -2 .. 1, got 2"):
+        dispatch.pad_to_min_rank(t, 2, 8)
+    with pytest.raises(TypeError, match=r"dim: expected an integer, got float"):
+        dispatch.pad_to_min_rank(t, 1.0, 8)
+    with pytest.raises(ValueError, match=r"world_size: expected an integer of at least 1, got 0"):
+        dispatch.pad_rank(t, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "cutlass"), [(1, True), (8, True), (15, True), (16, False), (128, False), (256, False)]
+)
+def test_use_cutlass_shrink(rank: int, cutlass: bool) -> None:
+    assert dispatch.use_cutlass_shrink(rank) is cutlass
+
+
+@pytest.mark.parametrize(
+    ("rank", "turned"), [(8, False), (15, False), (16, True), (64, True), (128, True), (129, False)]
+)
+def test_orient_for_rank(rank: int, turned: bool) -> None:
+    t = np.arange(24).reshape(2, 3, 4)
+    got = dispatch.orient_for_rank(t, rank)
+    assert np.shares_memory(got, t)
+    assert np.array_equal(got, t.transpose(1, 0, 2) if turned else t)
+
+
+def test_no_gpu_package_is_imported() -> None:
+    code = (
+        "import sys, numpy, cupy_lora.dispatch as d; d.pad_rank(numpy.ones((2, 2)), 0, 1); "
+        "assert not {'cupy', 'torch', 'jax'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
