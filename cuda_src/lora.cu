@@ -14,13 +14,6 @@
 #include "lora_ring.cuh"
 #endif
 
-struct Layer {
-    const In* x;
-    Out* y;
-    i64 x_stride, y_stride;  // elements between rows
-    float scale;
-};
-
 // One tile of one slice by the direct form; kRank 0: the rank is known at run time only.
 template <int kRank, int N>
 CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
@@ -46,23 +39,49 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     }
 }
 
+// What a block keeps from one tile to the next.
+struct Block {
+    Exchange ex;
+#if TILE_ROWS > 8
+    RingExchange ring;
+    unsigned char* local;
+#endif
+};
+
+template <int kRank, int N>
+CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
+#if TILE_ROWS > 8
+    if constexpr (ring_rank(kRank) && kStraight<kRank> && sizeof(Out) == 2) {
+        ring_tile<kRank, N>(block.ring, block.ex, block.local, layer, tile, w, y);
+    } else {
+        for (int first = 0; first < tile.rows; first += 8) {
+            const int rows = tile.rows - first < 8 ? tile.rows - first : 8;
+            direct_tile<kRank, N>(block.ex, layer, Tile{tile.slot, rows, tile.list + first, 0}, w, y);
+            __syncthreads();  // the next rows' parts overwrite these
+        }
+    }
+#else
+    direct_tile<kRank, N>(block.ex, layer, tile, w, y);
+#endif
+}
+
 // Picks the code for this tile's rank.
 template <int N, int kAt = 0>
-CUPY_LORA_DEVICE void tile_of_rank(Exchange& ex, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
+CUPY_LORA_DEVICE void tile_of_rank(Block& block, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
     if constexpr (kAt < kRankCount) {
         if ((!kAnyRank && kRankCount == kAt + 1) || w.rank == kRanks[kAt]) {
-            direct_tile<kRanks[kAt], N>(ex, layer, tile, w, y);
+            tile_of<kRanks[kAt], N>(block, layer, tile, w, y);
         } else {
-            tile_of_rank<N, kAt + 1>(ex, layer, tile, w, y);
+            tile_of_rank<N, kAt + 1>(block, layer, tile, w, y);
         }
     } else if constexpr (kAnyRank) {
-        direct_tile<0, N>(ex, layer, tile, w, y);
+        tile_of<0, N>(block, layer, tile, w, y);
     }
 }
 
 // Picks the code for this slice's width: slices of one width share it.
 template <int kAt = 0>
-CUPY_LORA_DEVICE void tile_of_slice(Exchange& ex, const Layer& layer, const Tile& tile, const Record& w, Out* y,
+CUPY_LORA_DEVICE void tile_of_slice(Block& block, const Layer& layer, const Tile& tile, const Record& w, Out* y,
                                     int width) {
     constexpr bool kLast = [] {
         for (int i = kAt + 1; i < kSlices; ++i) {
@@ -71,13 +90,20 @@ CUPY_LORA_DEVICE void tile_of_slice(Exchange& ex, const Layer& layer, const Tile
         return true;
     }();
     if (kLast || width == kWidths[kAt]) {
-        tile_of_rank<kWidths[kAt]>(ex, layer, tile, w, y);
+        tile_of_rank<kWidths[kAt]>(block, layer, tile, w, y);
     } else if constexpr (!kLast) {
-        tile_of_slice<kAt + 1>(ex, layer, tile, w, y, width);
+        tile_of_slice<kAt + 1>(block, layer, tile, w, y, width);
     }
 }
 
-extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads)
+// The ring fills a multiprocessor with one block; the direct form leaves the number of them to its registers.
+#if TILE_ROWS > 8
+#define LAYER_BOUNDS __launch_bounds__(kThreads, 1)
+#else
+#define LAYER_BOUNDS __launch_bounds__(kThreads)
+#endif
+
+extern "C" __global__ void LAYER_CLUSTER LAYER_BOUNDS
     add_lora(const In* __restrict__ x, Out* y, const Record* __restrict__ table, const i32* __restrict__ tiles,
              const i32* __restrict__ tile_count, i32 tile_capacity, i64 x_stride, i64 y_stride, float scale) {
     CUPY_LORA_SHARED(shared);
@@ -96,13 +122,21 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads)
     const i32* record = tiles + static_cast<i64>(at) * kStride;
     int2 head = *reinterpret_cast<const int2*>(record);
     const int count = *tile_count;
-    Exchange ex = exchange_start(shared);
+    Block block;
+#if TILE_ROWS > 8
+    unsigned char* const remote = shared + 128 + kReceivedBytes;
+    block.local = remote + kRingRemoteBytes;
+    block.ex = exchange_start(shared, shared + 128, block.local);
+    block.ring = ring_start(shared + 16, remote);
+#else
+    block.ex = exchange_start(shared);
+#endif
     if (at >= count) return;
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
     while (true) {
         const Tile tile{head.x, head.y, record + 8, 0};
         const Record w = table[static_cast<i64>(head.x) * kSlices + slice];
-        if (w.rank > 0) tile_of_slice(ex, layer, tile, w, y + offset, width);
+        if (w.rank > 0) tile_of_slice(block, layer, tile, w, y + offset, width);
         at += step;
         if (at >= count) break;
         record = tiles + static_cast<i64>(at) * kStride;
@@ -110,6 +144,6 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads)
         __syncthreads();  // the next tile's parts overwrite this one's
     }
     if constexpr (kCluster > 1) {
-        if (!ex.joined) ptx::cluster_wait();
+        if (!block.ex.joined) ptx::cluster_wait();
     }
 }

@@ -89,3 +89,11 @@ struct Tile {
     // Row `i` of the tile; past its end, some row of it (safe to read, never to write).
     CUPY_LORA_DEVICE i64 row(int i) const { return list ? list[i] : first + (i < rows ? i : rows - 1); }
 };
+
+// What every tile of a fused layer shares.
+struct Layer {
+    const In* x;
+    Out* y;
+    i64 x_stride, y_stride;  // elements between rows
+    float scale;
+};

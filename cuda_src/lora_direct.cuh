@@ -8,9 +8,9 @@
 //             2 * kRows neighbouring columns of tokens 2t and 2t + 1
 // x, A, B and y are all requested before the first product: B does not wait for v.
 //
-// Shared memory (bytes): 128 for two mbarriers | parts: float [warps][8][kChunk + 4] |
-// received: float [2][kCluster][8][kChunk] (clusters) | v: float [8][kMaxRank + 4] (ranks above 64 or
-// not known at compile time). `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
+// Shared memory (bytes): 128 for two mbarriers | received: float [2][kCluster][8][kChunk] (clusters) |
+// parts: float [kWarps][8][kChunk + 4] | v: float [8][kMaxRank + 4] (ranks above 64 or not known at
+// compile time). `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: kCluster * kWarps <= 64, both powers of two.
 #pragma once
@@ -30,12 +30,16 @@ struct Exchange {
     bool joined;      // the other blocks of the cluster are known to run
 };
 
-CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* shared) {
+constexpr int kReceivedBytes = kCluster > 1 ? 2 * kCluster * 8 * kChunk * 4 : 0;
+constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;
+
+// `local`: parts and v, which no other block writes.
+CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* barriers, unsigned char* received, unsigned char* local) {
     Exchange ex;
-    ex.barriers = reinterpret_cast<u64*>(shared);
-    ex.parts = reinterpret_cast<float*>(shared + 128);
-    ex.received = ex.parts + kWarps * 8 * (kChunk + 4);
-    ex.v = ex.received + (kCluster > 1 ? 2 * kCluster * 8 * kChunk : 0);
+    ex.barriers = reinterpret_cast<u64*>(barriers);
+    ex.received = reinterpret_cast<float*>(received);
+    ex.parts = reinterpret_cast<float*>(local);
+    ex.v = reinterpret_cast<float*>(local + kPartsBytes);
     ex.uses = 0;
     ex.joined = kCluster == 1;
     if constexpr (kCluster > 1) {
@@ -46,6 +50,10 @@ CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* shared) {
         }
     }
     return ex;
+}
+
+CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* shared) {
+    return exchange_start(shared, shared + 128, shared + 128 + kReceivedBytes);
 }
 
 // After this block's parts are in shared memory and the block has synchronised: sends their sum to the
@@ -101,49 +109,66 @@ CUPY_LORA_DEVICE float4 exchanged(const Exchange& ex, int token, int rank) {
 }
 
 // This warp's leaves of x times kBlocks * 16 rows of A, into `parts`. `ranks`: rows of A that exist.
-// kBudget: registers for loads in flight.
+// kBudget: registers for loads in flight. Lean code, with run-time loops over leaves and steps, serves rows that
+// are not aligned, and long rows on a path that must not cost the others their registers.
 template <int kBlocks, int kBudget>
 CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const Half* a, int ranks) {
     constexpr int kWidth = 16 * kBlocks;
     constexpr int kMine = kLeaves / (kCluster * kWarps);  // leaves per warp
     constexpr int kSteps = Leaf<kIn>::kSteps;
-    constexpr int kFit = (kXVectors && kAVectors ? kBudget : 12) / (4 + 8 * kBlocks);  // steps in flight together
-    constexpr int kBatch = kMine * kSteps < kFit ? kMine * kSteps : (kFit < 1 ? 1 : kFit);
+    constexpr bool kLean = !kXVectors || !kAVectors || (kBudget < 96 && kMine * kSteps > 8);
+    constexpr int kFit = kBudget / (4 + 8 * kBlocks);  // steps in flight together
+    constexpr int kBatch = kLean || kFit < 1 ? 1 : kMine * kSteps < kFit ? kMine * kSteps : kFit;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_column = ((blockIdx.x % kCluster) * kWarps + warp) * kMine * Leaf<kIn>::kColumns + 8 * t;
     const Half* const x_at = x_row + first_column;
     const Half* const a_at = a + static_cast<i64>(g) * kARow + static_cast<i64>(first_column) * kAColumn;
+    const auto load = [&](int step, uint4& x, uint4 (&rows)[kBlocks][2]) {
+        const int column = 32 * step, valid = Leaf<kIn>::kExact ? 8 : kIn - first_column - column;
+        x = load_columns<kXVectors>(x_at + column, valid);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int rank = 16 * b + 8 * h;  // plus g
+                rows[b][h] = load_columns<kAVectors>(a_at + rank * kARow + column * kAColumn,
+                                                     rank + g < ranks ? valid : 0, kAColumn);
+            }
+        }
+    };
 
     Tree<kMine, kBlocks> tree;
     float sum[kBlocks][1][4];
+    if constexpr (kLean) {
+#pragma unroll 1
+        for (int leaf = 0; leaf < kMine; ++leaf) {
+            tree.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
+#pragma unroll 1
+            for (int step = 0; step < kSteps; ++step) {
+                uint4 x, rows[kBlocks][2];
+                load(leaf * kSteps + step, x, rows);
 #pragma unroll
-    for (int start = 0; start < kMine * kSteps; start += kBatch) {
-        uint4 xs[kBatch], as[kBatch][kBlocks][2];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int column = 32 * (start + i);
-            const int valid = Leaf<kIn>::kExact ? 8 : kIn - first_column - column;
-            if (start + i < kMine * kSteps) {
-                xs[i] = load_columns<kXVectors>(x_at + column, valid);
-#pragma unroll
-                for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int rank = 16 * b + 8 * h;  // plus g
-                        as[i][b][h] = load_columns<kAVectors>(a_at + rank * kARow + column * kAColumn,
-                                                              rank + g < ranks ? valid : 0, kAColumn);
-                    }
-                }
+                for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], rows[b][0], rows[b][1], x);
             }
+            tree.push_at(leaf, sum);
         }
+    } else {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int step = start + i;
-            if (step < kMine * kSteps) {
-                if (step % kSteps == 0) Tree<kMine, kBlocks>::each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
+        for (int start = 0; start < kMine * kSteps; start += kBatch) {
+            uint4 xs[kBatch], as[kBatch][kBlocks][2];
 #pragma unroll
-                for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], as[i][b][0], as[i][b][1], xs[i]);
-                if (step % kSteps == kSteps - 1) tree.push(step / kSteps, sum);
+            for (int i = 0; i < kBatch; ++i) {
+                if (start + i < kMine * kSteps) load(start + i, xs[i], as[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const int step = start + i;
+                if (step < kMine * kSteps) {
+                    if (step % kSteps == 0) tree.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
+#pragma unroll
+                    for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], as[i][b][0], as[i][b][1], xs[i]);
+                    if (step % kSteps == kSteps - 1) tree.push(step / kSteps, sum);
+                }
             }
         }
     }
@@ -219,20 +244,6 @@ struct Expand {
             if constexpr (kAddToY) {
                 from[0].get(i, sum[i][0], sum[i][2]);
                 from[1].get(i, sum[i][1], sum[i][3]);
-            }
-        }
-    }
-
-    static CUPY_LORA_DEVICE void multiply(float (&sum)[kRows][4], const u32 (&from)[kRows][2][kRun / 2],
-                                          const SplitV<Half> (&v)[kRun > 4 ? 2 : 1]) {
-        constexpr int kSteps = kRun > 4 ? 2 : 1;
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-                u32 even[2] = {from[i][0][kRun > 4 ? 2 * s : 0], 0}, odd[2] = {from[i][1][kRun > 4 ? 2 * s : 0], 0};
-                if constexpr (kRun > 2) even[1] = from[i][0][2 * s + 1], odd[1] = from[i][1][2 * s + 1];
-                expand_step(sum[i], even, odd, v[s]);
             }
         }
     }
@@ -321,7 +332,7 @@ struct ExpandStraight {
             float sum[E::kRows][4];
             E::start(sum, y_in[unit % kAhead]);
 #pragma unroll
-            for (int group = 0; group < kGroups; ++group) E::multiply(sum, b_in[unit % kAhead][group], v[group]);
+            for (int group = 0; group < kGroups; ++group) expand_group<kRun>(sum, b_in[unit % kAhead][group], v[group]);
             if (unit + kAhead < E::kMine) request_unit(unit + kAhead);
             e.store(sum, unit);
         }
@@ -354,7 +365,7 @@ CUPY_LORA_DEVICE void expand_any_run(const Tile& tile, Out* y, i64 y_stride, con
                 for (int i = 0; i < 4; ++i) part[i] = 4 * s + i < run && first + 4 * s + i < rank ? v_of(first + 4 * s + i) : 0.f;
                 v[s].set(make_float4(part[0], part[1], part[2], part[3]));
             }
-            E::multiply(sum, b_in, v);
+            expand_group<8>(sum, b_in, v);
         }
         e.store(sum, unit);
     }

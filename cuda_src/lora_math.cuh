@@ -67,6 +67,19 @@ struct Tree {
         }
     }
 
+    // The same with an index known at run time only.
+    template <int kLevel = 0>
+    CUPY_LORA_DEVICE void push_at(int leaf, float (&value)[kBlocks][kGroups][4]) {
+        if constexpr (kLevel < kLevels) {
+            if (leaf >> kLevel & 1) {
+                each([&](int b, int m, int e) { value[b][m][e] = pending[kLevel][b][m][e] + value[b][m][e]; });
+                push_at<kLevel + 1>(leaf, value);
+                return;
+            }
+        }
+        each([&](int b, int m, int e) { pending[kLevel][b][m][e] = value[b][m][e]; });
+    }
+
     CUPY_LORA_DEVICE float total(int b, int m, int e) const { return pending[kLevels][b][m][e]; }
 
     template <class F>
@@ -152,6 +165,21 @@ CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&even)[2], const u
         for (int pair = 0; pair < 2; ++pair) {
             ptx::mma_m16n8k8_tf32(sum, a[pair][0], a[pair][1], a[pair][2], a[pair][3], v.term[z][2 * pair],
                                   v.term[z][2 * pair + 1]);
+        }
+    }
+}
+
+// The ranks of one load of B, 4 * kRun of them, for 16 * kPairs columns of y.
+template <int kRun, int kPairs, class T>
+CUPY_LORA_DEVICE void expand_group(float (&sum)[kPairs][4], const u32 (&b)[kPairs][2][kRun / 2],
+                                   const SplitV<T> (&v)[kRun > 4 ? 2 : 1]) {
+#pragma unroll
+    for (int s = 0; s < (kRun > 4 ? 2 : 1); ++s) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+            u32 even[2] = {b[i][0][2 * s], 0}, odd[2] = {b[i][1][2 * s], 0};
+            if constexpr (kRun > 2) even[1] = b[i][0][2 * s + 1], odd[1] = b[i][1][2 * s + 1];
+            expand_step(sum[i], even, odd, v[s]);
         }
     }
 }

@@ -9,7 +9,7 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32, INT64, Array
 from ._jit import DeviceFacts, Kernel, Launch
-from .dispatch import LoraConfig, choose_halves, choose_lora
+from .dispatch import LoraConfig, choose_halves, choose_lora, ring_slot_bytes
 
 if TYPE_CHECKING:
     from .lora_batch import LoraBatch
@@ -19,6 +19,7 @@ _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16", FLOAT32: "float"}
 _MAX_RANK_SHARED: Final = 1024  # kMaxRank of lora_config.cuh
 _STRAIGHT_RANK: Final = 64  # ranks to here have straight-line code
 _CODED_RANKS: Final = 4  # ranks with code of their own in one kernel
+_CODED_RANKS_RING: Final = 2  # in the ring form more of them spill registers
 _VECTOR: Final = 16  # bytes of the widest access
 _MAX_GRID_YZ: Final = 65535
 
@@ -37,6 +38,22 @@ def direct_shared_bytes(config: LoraConfig, chunk: int, *, holds_v: bool) -> int
     return 128 + parts + received + (8 * (_MAX_RANK_SHARED + 4) * 4 if holds_v else 0)
 
 
+def ring_rank(rank: int) -> bool:
+    """Whether the ring form has code for this rank: ``ring_rank`` of lora_ring.cuh."""
+    return rank in (8, 16, 32, 64)
+
+
+def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], chunk: int, in_features: int) -> int:
+    """Dynamic shared memory of the ring form: the map in lora_ring.cuh."""
+    ring = [rank for rank in ranks if ring_rank(rank)]
+    remote = 2 * config.rows * max(16, *ring, 0) * 4 + 2 * config.cluster * 8 * chunk * 4 if config.cluster > 1 else 0
+    local = config.warps * 8 * (chunk + 4) * 4 + 8 * (_MAX_RANK_SHARED + 4) * 4
+    for rank in ring:
+        slot, parts = ring_slot_bytes(config.rows, rank, in_features)
+        local = max(local, parts + config.stages * slot)
+    return 128 + remote + local
+
+
 def _vectors(array: Array, columns: int) -> int:
     """1 where every row can be read 16 bytes at a time: base, row distance and width are multiples of 8 elements."""
     stride = array.strides[0] if array.ndim > 1 and array.shape[0] > 1 else 0
@@ -52,10 +69,10 @@ def _defines(config: LoraConfig, **values: int | str) -> Defines:
     return tuple(sorted(values.items()))
 
 
-def _ranks(ranks: frozenset[int]) -> tuple[int, ...]:
+def coded_ranks(ranks: frozenset[int], form: str) -> tuple[int, ...]:
     """The ranks that get code of their own: those with straight-line code first, the largest of them."""
     order = sorted(ranks, key=lambda rank: (rank > _STRAIGHT_RANK, rank % 8 != 0, -rank))
-    return tuple(sorted(order[:_CODED_RANKS])) or (16,)
+    return tuple(sorted(order[: _CODED_RANKS if form == "direct" else _CODED_RANKS_RING])) or (16,)
 
 
 # ---- bgmv and sgmv -------------------------------------------------------------------------------
@@ -229,7 +246,8 @@ def add_lora(
     if config is None:
         most = max(weights.rank_set, default=16)
         tiles = {height: batch.tile_bound(height, tokens) for height in batch.heights}
-        config = choose_lora(most, tokens, tiles, weights.slices, weights.in_features, facts)
+        vectors = _vectors(x, weights.in_features) and y.dtype == weights.dtype and _vectors(y, weights.width)
+        config = choose_lora(most, tokens, tiles, weights.slices, weights.in_features, facts, ring=bool(vectors))
     widths = weights.slices
     kernel = _layer_kernel(
         config,
@@ -237,7 +255,7 @@ def add_lora(
         y.dtype,
         weights.in_features,
         widths,
-        _ranks(weights.rank_set),
+        coded_ranks(weights.rank_set, config.form),
         _vectors(x, weights.in_features),
         int(all(width % 8 == 0 for width in widths) and _vectors(y, weights.width)),
     )
@@ -276,7 +294,12 @@ def _layer_kernel(
         TILES=0,
         ADD=1,
     )
-    shared = direct_shared_bytes(config, max(16, *map(chunk_of, ranks)), holds_v=True)
+    chunk = max(16, *map(chunk_of, ranks))
+    if config.form == "ring":
+        defines = tuple(sorted((*defines, ("STAGES", config.stages))))
+        shared = ring_shared_bytes(config, ranks, chunk, width_in)
+    else:
+        shared = direct_shared_bytes(config, chunk, holds_v=True)
     return Kernel("lora", "add_lora", defines, block=32 * config.warps, shared=shared, cluster=config.cluster)
 
 

@@ -140,7 +140,14 @@ def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
 
 
 def choose_lora(
-    rank: int, tokens: int, tiles: dict[int, int], widths: tuple[int, ...], in_features: int, facts: DeviceFacts
+    rank: int,
+    tokens: int,
+    tiles: dict[int, int],
+    widths: tuple[int, ...],
+    in_features: int,
+    facts: DeviceFacts,
+    *,
+    ring: bool = True,
 ) -> LoraConfig:
     """The config of a fused layer.
 
@@ -158,9 +165,53 @@ def choose_lora(
         Columns of x.
     facts : DeviceFacts
         Compute capability and number of multiprocessors.
+    ring : bool
+        Whether the ring form can take the arrays: all rows 16-byte aligned, y in the weights' type.
     """
-    del tokens, in_features
-    return _direct(rank, tiles[8] * len(widths), facts)
+    slices = len(widths)
+    if ring and rank in _RING_RANKS:
+        # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows.
+        wanted = min(rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths)), 32)
+        heights = sorted(height for height in tiles if 16 <= height <= (32 if rank == 64 else 64))
+        rows = next((height for height in heights if height >= wanted), heights[-1] if heights else 0)
+        if rows == 16 and tiles[16] * slices > 3 * facts.sm_count and 32 in tiles:
+            rows = 32
+        if rows and tokens >= 10 * tiles[rows] and tokens >= _RING_TOKENS:
+            return _ring(rank, rows, tiles[rows] * slices, in_features, facts)
+    return _direct(rank, tiles[8] * slices, facts)
+
+
+_RING_RANKS: Final = (8, 16, 32, 64)
+_RING_TOKENS: Final = 128
+_RING_BYTES: Final = 88 * 1024  # in flight per multiprocessor
+
+
+def _ring(rank: int, rows: int, clusters: int, in_features: int, facts: DeviceFacts) -> LoraConfig:
+    cluster = 1
+    while facts.arch >= 90 and cluster < 8 and clusters * cluster * 2 <= facts.sm_count + facts.sm_count // 4:
+        cluster *= 2
+    slot = ring_slot_bytes(rows, rank, in_features)[0]
+    stages = max(3, min(8, 1 + -(-_RING_BYTES // slot), _most_shared(facts) // slot))
+    return LoraConfig("ring", rows, cluster, 8, stages)
+
+
+def _most_shared(facts: DeviceFacts) -> int:
+    """Bytes of shared memory that the slots of the ring may take."""
+    # 99 KB a block on 8.6, 8.9 and 12.0, 163 on 8.0, 227 on 9.0 and 10.0; the rest is for the exchange.
+    limit = {86: 99, 89: 99, 120: 99, 80: 163}.get(facts.arch, 227)
+    return (limit - 47) * 1024
+
+
+def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
+    """Bytes of one slot of the ring, and of the parts beside it: RingShape of lora_ring.cuh."""
+    rank_warps = 2 if rank == 64 else 1
+    token_warps = min(rows // 8, 8 // rank_warps)
+    leaf_warps = 8 // (rank_warps * token_warps)
+    pairs = 2 if rows == 16 and rank >= 32 else 4
+    columns = 16 * pairs * (8 // (rows // 8))
+    leaf_columns = 32 * -(-in_features // 2048)
+    slot = max(leaf_warps * (rows + rank) * leaf_columns * 2, columns * (rank + rows) * 2)
+    return slot, leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
 def _direct(rank: int, clusters: int, facts: DeviceFacts) -> LoraConfig:

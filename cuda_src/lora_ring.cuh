@@ -1,0 +1,359 @@
+// The ring form: a tile of kTileRows (16 to 64) rows of one adapter, staged through shared memory.
+//
+// A cluster of kCluster blocks works on one (tile, slice), in stages that a ring of STAGES slots keeps in
+// flight; the ring does not drain between the two halves:
+//   shrink stage   kLeafWarps leaves of the tile's rows of x and of A
+//   expand stage   kColumns columns of the tile's rows of y and of B
+// The 8 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (8 tokens, unit of
+// 16 * kRows columns). Between them each block owns a share of v: the blocks send it their parts, it sums
+// them and sends the sum to all (two hops, but v crosses the cluster once instead of kCluster times).
+//
+// Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
+//   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
+//   B     rows of the rank, swizzle_b; y  rows of kColumns, chunk ^ (row & 6)
+// Shared memory of the block: 128 for four mbarriers | received of the direct form | shares and v
+// (clusters) | parts: float [leaf warps][rows][rank + 4] and the slots, or the direct form's parts and v.
+// `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
+//
+// Preconditions: rank 8, 16, 32 or 64; 16-bit y of the weights' type; all rows 16-byte aligned.
+#pragma once
+
+#include "lora_direct.cuh"
+
+template <int kRank>
+struct RingShape {
+    static constexpr int kRows16 = kRank < 16 ? 16 : kRank;  // ranks of v, whole blocks of 16
+    static constexpr int kRankWarps = kRank == 64 ? 2 : 1;
+    static constexpr int kBlocks = kRows16 / 16 / kRankWarps;  // of 16 ranks, per warp
+    static constexpr int kTokenWarps = kTileRows / 8 * kRankWarps > kWarps ? kWarps / kRankWarps : kTileRows / 8;
+    static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp
+    static constexpr int kLeafWarps = kWarps / (kRankWarps * kTokenWarps);
+    static constexpr int kLeavesEach = kLeaves / (kCluster * kLeafWarps);
+    static constexpr int kPairs = kTileRows == 16 && kRank >= 32 ? 2 : 4;  // pairs of columns per lane
+    static constexpr int kUnit = 16 * kPairs;
+    static constexpr int kColumns = kUnit * (kWarps / (kTileRows / 8));
+    static constexpr int kLeafChunks = Leaf<kIn>::kColumns / 8;  // 16-byte chunks of a row of a leaf
+    static constexpr int kShrinkBytes = kLeafWarps * (kTileRows + kRank) * kLeafChunks * 16;
+    static constexpr int kExpandBytes = kColumns * (kRank + kTileRows) * 2;
+    static constexpr int kSlotBytes = kShrinkBytes > kExpandBytes ? kShrinkBytes : kExpandBytes;
+    static constexpr int kPartBytes = kLeafWarps * kTileRows * (kRows16 + 4) * 4;
+    static_assert(kWarps == 8 && kTileRows >= 16 && kTileRows <= 64, "the ring is laid out for 8 warps");
+};
+
+constexpr CUPY_LORA_DEVICE bool ring_rank(int rank) { return rank == 8 || rank == 16 || rank == 32 || rank == 64; }
+
+// Byte of 16-byte chunk `chunk` of row `row` of B in a slot; lane group g reads rows 2 * kPairs * g on.
+template <int kRank, int kPairs>
+CUPY_LORA_DEVICE int swizzle_b(int row, int chunk) {
+    const int group = row / (2 * kPairs);
+    if constexpr (kRank == 64) {
+        return row * 128 + (chunk ^ (group & 1) * 4) * 16;
+    } else {
+        return (row ^ (group & (64 / kRank - 1))) * kRank * 2 + chunk * 16;
+    }
+}
+
+// Of x and A: `row` counts the rows of all leaves of the slot.
+CUPY_LORA_DEVICE int swizzle_leaf(int row, int chunk, int chunks) {
+    return (row * chunks + (chunks % 8 == 0 ? chunk ^ (row & 1) * 4 : chunk)) * 16;
+}
+
+// The same 4 * step chunks further on.
+CUPY_LORA_DEVICE int further(int byte, int step, int chunks) {
+    return chunks % 8 == 0 ? (byte ^ (step & 1) * 64) + step / 2 * 128 : byte + step * 64;
+}
+
+// What remote blocks write, and the barriers that count it: used by ring tiles only.
+struct RingExchange {
+    u64* barriers;  // [2]: parts for this block's share of v; the whole v
+    float* shares;  // [kCluster][share]
+    float* v;       // [kTileRows][rank]
+    u32 uses;
+};
+
+// Sums of `parts` over the leaf warps, of quad `e` (four ranks of a token).
+template <int kRank>
+CUPY_LORA_DEVICE float4 ring_part(const float* parts, int token, int rank) {
+    using S = RingShape<kRank>;
+    return tree_sum<S::kLeafWarps>([&](int leaf) {
+        return *reinterpret_cast<const float4*>(parts + (leaf * kTileRows + token) * (S::kRows16 + 4) + rank);
+    });
+}
+
+constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
+    int widest = 16;
+    for (int i = 0; i < kRankCount; ++i) widest = ring_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
+    return widest;
+}
+constexpr int kRingRemoteBytes = kCluster > 1 ? 2 * kTileRows * widest_ring_rank() * 4 : 0;
+
+CUPY_LORA_DEVICE RingExchange ring_start(unsigned char* barriers, unsigned char* remote) {
+    RingExchange rx;
+    rx.barriers = reinterpret_cast<u64*>(barriers);
+    rx.shares = reinterpret_cast<float*>(remote);
+    rx.v = rx.shares + kTileRows * widest_ring_rank();
+    rx.uses = 0;
+    if constexpr (kCluster > 1) {
+        if (threadIdx.x == 0) {
+            ptx::mbarrier_init(rx.barriers, 1);
+            ptx::mbarrier_init(rx.barriers + 1, 1);
+            ptx::mbarrier_init_fence();
+        }
+    }
+    return rx;
+}
+
+template <int kRank>
+CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float* parts, int rows) {
+    using S = RingShape<kRank>;
+    constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads, kShare = kAll / kCluster;
+    const u32 parity = rx.uses++ & 1;
+    const int block = static_cast<int>(blockIdx.x % kCluster), thread = static_cast<int>(threadIdx.x);
+    int mine = rows * kQuads - block * kShare;
+    mine = mine < 0 ? 0 : mine > kShare ? kShare : mine;
+    if (thread == 0) {
+        ptx::mbarrier_expect(rx.barriers, static_cast<u32>(mine * 16 * kCluster));
+        ptx::mbarrier_expect(rx.barriers + 1, static_cast<u32>(rows * kQuads * 16));
+    }
+    if (!ex.joined) {
+        ptx::cluster_wait();
+        ex.joined = true;
+    }
+    const auto send = [](float* to, float4 v, u64* barrier, int peer) {
+        const uint4 bits = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
+        ptx::store_async_16(ptx::map_shared(to, peer), bits, ptx::map_shared(barrier, peer));
+    };
+    for (int e = thread; e < rows * kQuads; e += kThreads) {
+        send(rx.shares + (block * kShare + e % kShare) * 4, ring_part<kRank>(parts, e / kQuads, e % kQuads * 4), rx.barriers,
+             e / kShare);
+    }
+    ptx::mbarrier_wait(rx.barriers, parity);
+    for (int item = thread; item < kShare * kCluster; item += kThreads) {
+        const int e = item % kShare, peer = item / kShare;
+        if (e < mine) {
+            const float4 sum = tree_sum<kCluster>(
+                [&](int from) { return *reinterpret_cast<const float4*>(rx.shares + (from * kShare + e) * 4); });
+            send(rx.v + (block * kShare + e) * 4, sum, rx.barriers + 1, peer);
+        }
+    }
+    ptx::mbarrier_wait(rx.barriers + 1, parity);
+}
+
+template <int kRank, int N>
+CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* local, const Layer& layer, const Tile& tile,
+                                const Record& w, Out* y) {
+    using S = RingShape<kRank>;
+    constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;
+    constexpr int kRun = rank_run(kRank), kRankGroups = ceil_div(kRank, 4 * kRun);
+    constexpr int kAllColumns = ceil_div(N, S::kColumns), kExpandStages = ceil_div(kAllColumns, kCluster);
+    constexpr bool kWhole = N % (S::kColumns * kCluster) == 0;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    const int block = static_cast<int>(blockIdx.x % kCluster);
+    float* const parts = reinterpret_cast<float*>(local);
+    unsigned char* const ring = local + S::kPartBytes;
+
+    // ---- the copies of a stage: each thread's share of the 16-byte chunks, all addresses made once
+    constexpr int kLeafRows = kTileRows + kRank;
+    constexpr int kShrinkItems = S::kLeafWarps * kLeafRows * kChunks, kShrinkEach = ceil_div(kShrinkItems, kThreads);
+    constexpr bool kRegular = kThreads % (2 * kChunks) == 0;  // thread's next chunk: the same one of an even row further
+    const Half* from[kShrinkEach];
+    int to[kRegular ? 1 : kShrinkEach];
+    u32 wanted = 0;  // bit j: this thread's chunk j is there
+#pragma unroll
+    for (int j = 0; j < kShrinkEach; ++j) {
+        const int item = thread + j * kThreads, leaf = item / (kLeafRows * kChunks), row = item / kChunks % kLeafRows;
+        const int column = ((block * S::kLeafWarps + leaf) * S::kLeavesEach * kChunks + item % kChunks) * 8;
+        if (j == 0 || !kRegular) to[j] = swizzle_leaf(item / kChunks, item % kChunks, kChunks);
+        if (item < kShrinkItems && (row >= kTileRows || row < tile.rows)) wanted |= 1u << j;
+        from[j] = (row < kTileRows ? layer.x + tile.row(row) * layer.x_stride : w.a + static_cast<i64>(row - kTileRows) * kIn) +
+                  column;
+    }
+    constexpr int kYChunks = S::kColumns / 8, kYEach = kTileRows * kYChunks / kThreads, kBItems = S::kColumns * kRank / 8;
+    static_assert(kTileRows * kYChunks % kThreads == 0, "a stage of y is whole chunks per thread");
+    const int y_row = thread / kYChunks, y_chunk = thread % kYChunks;
+    const int y_to = S::kColumns * kRank * 2 + (y_row * kYChunks + (y_chunk ^ (y_row & 6))) * 16;
+    const Out* y_from[kYEach];
+#pragma unroll
+    for (int j = 0; j < kYEach; ++j) {
+        y_from[j] = y + tile.row(y_row + j * kThreads / kYChunks) * layer.y_stride + block * S::kColumns + y_chunk * 8;
+    }
+    const Half* b_from = w.b + static_cast<i64>(block) * S::kColumns * kRank + thread * 8;
+    const int b_row = thread / (kRank / 8), b_to = swizzle_b<kRank, S::kPairs>(b_row, thread % (kRank / 8));
+
+    int stage_in = 0;
+    unsigned char* slot_in = ring;
+    const auto request = [&] {
+        if (stage_in < S::kLeavesEach) {
+#pragma unroll
+            for (int j = 0; j < kShrinkEach; ++j) {
+                if (wanted >> j & 1) {
+                    unsigned char* const at = slot_in + (kRegular ? to[0] + j * kThreads * 16 : to[j]);
+                    if constexpr (Leaf<kIn>::kExact) {
+                        ptx::copy_async_16(at, from[j]);
+                    } else {
+                        const int item = thread + j * kThreads, leaf = item / (kLeafRows * kChunks);
+                        const int column = ((block * S::kLeafWarps + leaf) * S::kLeavesEach + stage_in) * kChunks * 8;
+                        ptx::copy_async_16(at, from[j], column + item % kChunks * 8 < kIn);
+                    }
+                }
+                from[j] += kChunks * 8;
+            }
+        } else if (stage_in < S::kLeavesEach + kExpandStages) {
+            const int first = ((stage_in - S::kLeavesEach) * kCluster + block) * S::kColumns;  // column of the slice
+#pragma unroll
+            for (int j = 0; j < ceil_div(kBItems, kThreads); ++j) {
+                if ((kBItems % kThreads == 0 || thread + j * kThreads < kBItems) &&
+                    (kWhole || first + b_row + j * kThreads * 8 / kRank < N)) {
+                    ptx::copy_async_16(slot_in + b_to + j * kThreads * 16, b_from + j * kThreads * 8);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kYEach; ++j) {
+                if (y_row + j * kThreads / kYChunks < tile.rows && (kWhole || first + y_chunk * 8 < N)) {
+                    ptx::copy_async_16(slot_in + y_to + j * kThreads * 16, y_from[j]);
+                }
+                y_from[j] += kCluster * S::kColumns;
+            }
+            b_from += kCluster * S::kColumns * kRank;
+        }
+        ++stage_in;
+        slot_in = slot_in + S::kSlotBytes == ring + STAGES * S::kSlotBytes ? ring : slot_in + S::kSlotBytes;
+        ptx::copy_async_commit();
+    };
+    const unsigned char* slot_out = ring;
+    // The next stage's slot, once it has landed for all threads; asks for the one that takes the slot before it.
+    const auto next_stage = [&] {
+        const unsigned char* const slot = slot_out;
+        ptx::copy_async_wait<STAGES - 2>();
+        __syncthreads();
+        request();
+        slot_out = slot_out + S::kSlotBytes == ring + STAGES * S::kSlotBytes ? ring : slot_out + S::kSlotBytes;
+        return slot;
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; ++i) request();
+
+    // ---- shrink
+    const int rank_warp = warp % S::kRankWarps, token_warp = warp / S::kRankWarps % S::kTokenWarps;
+    const int leaf_warp = warp / (S::kRankWarps * S::kTokenWarps);
+    {
+        constexpr int kMost = S::kBlocks * S::kGroups >= 4 ? 2 : 4;  // inner levels of the tree, by registers
+        constexpr int kUnroll = S::kLeavesEach < kMost ? S::kLeavesEach : kMost;
+        constexpr int kRowBytes = kChunks * 16;
+        const int x_at = swizzle_leaf(leaf_warp * kLeafRows + token_warp * S::kGroups * 8 + g, t, kChunks);
+        const int a_at = swizzle_leaf(leaf_warp * kLeafRows + kTileRows + rank_warp * S::kBlocks * 16 + g, t, kChunks);
+        Tree<S::kLeavesEach / kUnroll, S::kBlocks, S::kGroups> tree;
+#pragma unroll 1
+        for (int start = 0; start < S::kLeavesEach / kUnroll; ++start) {
+            Tree<kUnroll, S::kBlocks, S::kGroups> four;
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                const unsigned char* const slot = next_stage();
+                float sum[S::kBlocks][S::kGroups][4];
+                four.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
+#pragma unroll
+                for (int s = 0; s < kSteps; ++s) {
+                    uint4 xs[S::kGroups];
+#pragma unroll
+                    for (int m = 0; m < S::kGroups; ++m) {
+                        xs[m] = *reinterpret_cast<const uint4*>(slot + further(x_at, s, kChunks) + m * 8 * kRowBytes);
+                    }
+#pragma unroll
+                    for (int b = 0; b < S::kBlocks; ++b) {
+                        const unsigned char* const at = slot + further(a_at, s, kChunks) + b * 16 * kRowBytes;
+                        const uint4 low = *reinterpret_cast<const uint4*>(at);
+                        uint4 high = make_uint4(0, 0, 0, 0);
+                        if constexpr (kRank >= 16) high = *reinterpret_cast<const uint4*>(at + 8 * kRowBytes);
+#pragma unroll
+                        for (int m = 0; m < S::kGroups; ++m) shrink_step<Half>(sum[b][m], low, high, xs[m]);
+                    }
+                }
+                four.push(u, sum);
+            }
+            float sum[S::kBlocks][S::kGroups][4];
+            four.each([&](int b, int m, int e) { sum[b][m][e] = four.total(b, m, e); });
+            tree.push_at(start, sum);
+        }
+        Tree<1, S::kBlocks, S::kGroups>::each([&](int b, int m, int e) {
+            const int token = (token_warp * S::kGroups + m) * 8 + 2 * t + e % 2;
+            const int rank = (rank_warp * S::kBlocks + b) * 16 + g + 8 * (e / 2);
+            parts[(leaf_warp * kTileRows + token) * (S::kRows16 + 4) + rank] = tree.total(b, m, e);
+        });
+    }
+    __syncthreads();
+    if constexpr (kCluster > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
+
+    // ---- expand: this warp's 8 tokens, and its unit of each stage's columns
+    const int token0 = warp % (kTileRows / 8) * 8, unit = warp / (kTileRows / 8);
+    const float scale = w.scale * layer.scale;
+    SplitV<Half> v[kRankGroups][kRun > 4 ? 2 : 1];
+#pragma unroll
+    for (int group = 0; group < kRankGroups; ++group) {
+        split_v<kRun>(v[group], 4 * kRun * group, [&](int rank) {
+            float4 q;
+            if constexpr (kCluster > 1) {
+                q = *reinterpret_cast<const float4*>(rx.v + (token0 + g) * S::kRows16 + rank);
+            } else {
+                q = ring_part<kRank>(parts, token0 + g, rank);
+            }
+            return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
+        });
+    }
+    const int my_column = unit * S::kUnit + g * 2 * S::kPairs;  // in a stage
+    const int y_at = S::kColumns * kRank * 2 + my_column % 8 * 2 +
+                     ((token0 + 2 * t) * kYChunks + (my_column / 8 ^ ((token0 + 2 * t) & 6))) * 16;
+    Out* y_out[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        y_out[h] = y + tile.row(token0 + 2 * t + h) * layer.y_stride + block * S::kColumns + my_column;
+    }
+    // Byte of this lane's ranks of row my_column + i of B: the swizzle changes the low bits of the row.
+    constexpr int kSwap = 64 / kRank;
+    const int swap = my_column / (2 * S::kPairs) & (kSwap - 1);
+    const auto b_at = [&](int group, int i) {
+        const int byte = (4 * kRun * group + kRun * t) * 2;
+        if constexpr (kRank == 64) return swizzle_b<kRank, S::kPairs>(my_column, byte / 16) + i * 128;
+        return (my_column + (i % kSwap ^ swap)) * kRank * 2 + i / kSwap * kSwap * kRank * 2 + byte;
+    };
+#pragma unroll 1
+    for (int stage = 0; stage < kExpandStages; ++stage) {
+        const unsigned char* const slot = next_stage();
+        const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < N;
+        Columns<Out, 2 * S::kPairs, true> y_row[2];
+        float sum[S::kPairs][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) y_row[h].load(reinterpret_cast<const Out*>(slot + y_at + h * kYChunks * 16), 8);
+#pragma unroll
+        for (int i = 0; i < S::kPairs; ++i) {
+            y_row[0].get(i, sum[i][0], sum[i][2]);
+            y_row[1].get(i, sum[i][1], sum[i][3]);
+        }
+#pragma unroll
+        for (int group = 0; group < kRankGroups; ++group) {
+            u32 b[S::kPairs][2][kRun / 2];
+#pragma unroll
+            for (int i = 0; i < 2 * S::kPairs; ++i) {
+                const unsigned char* const at = slot + b_at(group, i);
+                if constexpr (kRun == 8) {
+                    const uint4 q = *reinterpret_cast<const uint4*>(at);
+                    b[i / 2][i % 2][0] = q.x, b[i / 2][i % 2][1] = q.y, b[i / 2][i % 2][2] = q.z, b[i / 2][i % 2][3] = q.w;
+                } else if constexpr (kRun == 4) {
+                    const uint2 q = *reinterpret_cast<const uint2*>(at);
+                    b[i / 2][i % 2][0] = q.x, b[i / 2][i % 2][1] = q.y;
+                } else {
+                    b[i / 2][i % 2][0] = *reinterpret_cast<const u32*>(at);
+                }
+            }
+            expand_group<kRun>(sum, b, v[group]);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int i = 0; i < S::kPairs; ++i) y_row[h].set(i, sum[i][h], sum[i][h + 2]);
+            if (token0 + 2 * t + h < tile.rows && inside) y_row[h].store(y_out[h], 8);
+            y_out[h] += kCluster * S::kColumns;
+        }
+    }
+    ptx::copy_async_wait<0>();
+    __syncthreads();  // the next tile's copies and parts overwrite this one's
+}
