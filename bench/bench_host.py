@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from . import bench_bgmv, bench_lora, bench_metadata, bench_norm, bench_paged_kv, bench_sgmv, targets
+from . import (
+    bench_bgmv,
+    bench_lora,
+    bench_lora_batch,
+    bench_lora_weights,
+    bench_metadata,
+    bench_norm,
+    bench_paged_kv,
+    bench_sgmv,
+    targets,
+)
 from .bench_bgmv import Half
 from .bench_lora import Layer
 from .bench_metadata import Step
@@ -31,7 +41,7 @@ CALLS = 200  # back to back, without a wait between: fewer than the driver's lau
 ROUNDS = 15
 FIRST_CALLS = ("add_lora", "rms_norm", "append_kv", "block_tables_to_ragged")  # kept by --quick: seconds each
 # The names of the library that an op needs, where that is not the op's own first word.
-NEEDS_OF = {"LoraBatch.update": bench_lora.NEEDS, "add_lora": bench_lora.NEEDS}
+NEEDS_OF = {"LoraBatch.update": bench_lora.NEEDS, "LoraWeights.load": bench_lora.NEEDS}
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,8 @@ def ops() -> dict[str, Op]:
     table: dict[str, tuple[Any, Any]] = {
         "add_lora": (bench_lora, Layer(64, (16,), "uniform 8")),
         "add_lora QKV": (bench_lora, Layer(64, (16,), "uniform 8", 4096, qkv)),
-        "LoraBatch.update": (bench_lora, bench_lora.Schedule(Layer(64, (16,), "uniform 8"))),
+        "LoraBatch.update": (bench_lora_batch, Layer(64, (16,), "uniform 8")),
+        "LoraWeights.load": (bench_lora_weights, Layer(8, (16,), "one")),
         "bgmv_shrink": (bench_bgmv, Half("shrink", 64, 16, 4096, "uniform 8")),
         "bgmv_expand": (bench_bgmv, Half("expand", 64, 16, 4096, "uniform 8")),
         "sgmv_shrink": (bench_sgmv, Half("shrink", 512, 16, 4096, "seq 512")),

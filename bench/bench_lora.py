@@ -1,4 +1,4 @@
-"""The LoRA layer, y += scale * (x A^T) B^T in one launch, and the schedule that it runs on."""
+"""The LoRA layer, y += scale * (x A^T) B^T in one launch."""
 
 from __future__ import annotations
 
@@ -58,13 +58,6 @@ class Layer:
     @property
     def out_total(self) -> int:
         return sum(self.out_features)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """``LoraBatch.update`` over a batch of a layer."""
-
-    layer: Layer
 
 
 @functools.cache
@@ -133,12 +126,6 @@ def layer_case(layer: Layer, *, quick: bool = False) -> Case:
     return Case(FAMILY, layer.name, layer_bytes(layer), layer, quick or bool(figure), target, over_read, record)
 
 
-def schedule_case(layer: Layer) -> Case:
-    target = next((us for most, us in targets.LORA_SCHEDULE if layer.tokens <= most), None)
-    kind = "segments" if layer.pattern.startswith("seq") else layer.pattern
-    return Case(FAMILY, f"update {layer.tokens} {kind}", 4 * layer.tokens, Schedule(layer), True, target)
-
-
 def _record_layers() -> list[Layer]:
     qkv, gate_up = (4096, 1024, 1024), (14336, 14336)
     decode = [
@@ -192,15 +179,7 @@ def _wide_layers() -> list[Layer]:
 
 def cases() -> list[Case]:
     """Every case, the rows of record first; each once."""
-    updates = [
-        Layer(tokens, (16,), pattern)
-        for tokens, pattern in (
-            (1, "one"), (64, "distinct"), (64, "uniform 8"), (256, "distinct"), (256, "uniform 16"),
-            (2048, "seq 512"), (8192, "seq 512"), (8192, "uniform 64"),
-        )
-    ]  # fmt: skip
     found = [layer_case(layer, quick=True) for layer in _record_layers()]
-    found += [schedule_case(layer) for layer in updates]
     found += [layer_case(layer) for layer in _wide_layers()]
     once: dict[str, Case] = {}
     for case in found:
@@ -208,19 +187,20 @@ def cases() -> list[Case]:
     return list(once.values())
 
 
-def shrunk(case: Case) -> Case:
-    """The same case at a size that NumPy runs in milliseconds."""
-    schedule = isinstance(case.params, Schedule)
-    layer: Layer = case.params.layer if schedule else case.params
-    small = dataclasses.replace(
+def shrunk_layer(layer: Layer) -> Layer:
+    """The same layer at a size that NumPy runs in milliseconds."""
+    return dataclasses.replace(
         layer,
         tokens=min(layer.tokens, 12),
         pattern=layer.pattern.replace(f"seq {min(SEQUENCE, layer.tokens)}", "seq 5"),
         in_features=max(layer.in_features // 64, 1),
         out_features=tuple(max(width // 64, 1) for width in layer.out_features),
     )
-    params = Schedule(small) if schedule else small
-    return dataclasses.replace(case, nbytes=layer_bytes(small), params=params)
+
+
+def shrunk(case: Case) -> Case:
+    small = shrunk_layer(case.params)
+    return dataclasses.replace(case, nbytes=layer_bytes(small), params=small)
 
 
 # -- building
@@ -279,8 +259,6 @@ def layer_calls(sets: list[LayerSet], config: Any = None) -> list[Any]:
 
 def build(case: Case, rig: Rig, sets: int) -> Work:
     """The library's own call over ``sets`` rotating sets."""
-    if isinstance(case.params, Schedule):
-        return _build_schedule(case.params.layer, rig, sets)
     layer: Layer = case.params
     indices = rig.array(slots_of(layer))
     data = [build_set(layer, rig, indices) for _ in range(sets)]
@@ -288,27 +266,9 @@ def build(case: Case, rig: Rig, sets: int) -> Work:
     return Work(calls, lambda: check_layer(layer, rig, data[0], calls[0]), data=data)
 
 
-def _build_schedule(layer: Layer, rig: Rig, sets: int) -> Work:
-    from cupy_lora import LoraBatch
-
-    indices = slots_of(layer)
-    small = dataclasses.replace(layer, in_features=64, out_features=(64,))
-    calls = []
-    for _ in range(sets):
-        batch = LoraBatch(layer.tokens, max_adapters=num_slots(layer), **device_of(rig))
-        calls.append(functools.partial(batch.update, rig.array(indices)))
-
-    def check() -> float:
-        data = build_set(small, rig, rig.array(indices))
-        return check_layer(small, rig, data, layer_calls([data])[0])
-
-    return Work(calls, check)
-
-
 def sets_for(case: Case, rig: Rig) -> int:
-    """The schedule and a batch without adapters touch next to nothing: a few sets serve."""
-    idle = isinstance(case.params, Schedule) or case.nbytes == 0
-    return min(rig.sets_for(case.nbytes), 64) if idle else rig.sets_for(case.nbytes)
+    """A batch without adapters touches nothing: a few sets serve."""
+    return min(rig.sets_for(case.nbytes), 1200 if case.nbytes else 64)
 
 
 # -- correctness

@@ -31,8 +31,8 @@ def available() -> dict[str, bool]:
     return {name: importlib.util.find_spec(package) is not None for name, package in PACKAGES.items()}
 
 
-def chosen(family: str, wanted: str) -> dict[str, Builder]:
-    """The family's peers to time, by engine name.
+def chosen(stem: str, wanted: str) -> dict[str, Builder]:
+    """The peers of a module (``bench_lora``) to time, by engine name.
 
     ``wanted``: ``auto`` (all that are installed), ``none``, or a comma-separated list of packages; one that was
     named but is not installed is an error.
@@ -53,7 +53,7 @@ def chosen(family: str, wanted: str) -> dict[str, Builder]:
             if not installed.get(name, False):
                 known = ", ".join(PACKAGES)
                 raise ValueError(f"--peers: expected installed packages among {known}, got {name}")
-    return {engine: builder for engine, (package, builder) in PEERS.get(family, {}).items() if package in packages}
+    return {engine: builder for engine, (package, builder) in PEERS.get(stem, {}).items() if package in packages}
 
 
 # -- LoRA
@@ -70,7 +70,7 @@ def _columns(layer: Layer) -> list[tuple[int, int]]:
 
 def _torch_loop(case: Case, rig: Any, work: Work) -> Work | None:
     """A loop over the adapters in use: two matrix products each, on views where the rows are contiguous."""
-    if not isinstance(case.params, Layer) or case.nbytes == 0:
+    if case.nbytes == 0:
         return None
     layer: Layer = case.params
     torch = rig.use_torch()
@@ -118,8 +118,6 @@ def _stacks(layer: Layer, data: LayerSet, rig: Any, *, scaled: bool) -> tuple[li
 
 def _vllm(case: Case, rig: Any, work: Work) -> Work | None:
     """vLLM's Triton shrink and expand, its schedule prepared once (it is timed here for no engine)."""
-    if not isinstance(case.params, Layer):
-        return None
     layer: Layer = case.params
     torch = rig.use_torch()
     from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
@@ -144,7 +142,7 @@ def _vllm(case: Case, rig: Any, work: Work) -> Work | None:
 
 def _sglang(case: Case, rig: Any, work: Work) -> Work | None:
     """SGLang's chunked segment kernels, rows sorted by adapter, its batch description prepared once."""
-    if not isinstance(case.params, Layer) or (slots_of(case.params) < 0).any():
+    if (slots_of(case.params) < 0).any():
         return None
     layer: Layer = case.params
     torch = rig.use_torch()
@@ -275,15 +273,15 @@ def _flashinfer_append(case: Case, rig: Any, work: Work) -> Work | None:
 
 
 PEERS: dict[str, dict[str, tuple[str, Builder]]] = {
-    "lora": {
+    "bench_lora": {
         "torch loop": ("torch", _torch_loop),
         "vLLM": ("vllm", _vllm),
         "SGLang csgmv": ("sglang", _sglang),
     },
-    "norm": {
+    "bench_norm": {
         "torch rms_norm": ("torch", _torch_norm),
         "FlashInfer": ("flashinfer", _flashinfer_norm),
         "Liger": ("liger", _liger_norm),
     },
-    "kv": {"FlashInfer": ("flashinfer", _flashinfer_append)},
+    "bench_paged_kv": {"FlashInfer": ("flashinfer", _flashinfer_append)},
 }

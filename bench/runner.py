@@ -14,15 +14,15 @@ from typing import Any
 from . import peers as peer_table
 from .model import OURS, Case, Report, Row, Work, progress, require, say
 
-FAMILIES = {
-    "lora": "bench_lora",
-    "bgmv": "bench_bgmv",
-    "sgmv": "bench_sgmv",
-    "norm": "bench_norm",
-    "kv": "bench_paged_kv",
-    "metadata": "bench_metadata",
-    "attention": "bench_attention",
-    "host": "bench_host",
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "lora": ("bench_lora", "bench_lora_batch", "bench_lora_weights"),
+    "bgmv": ("bench_bgmv",),
+    "sgmv": ("bench_sgmv",),
+    "norm": ("bench_norm",),
+    "kv": ("bench_paged_kv",),
+    "metadata": ("bench_metadata",),
+    "attention": ("bench_attention",),
+    "host": ("bench_host",),
 }
 
 
@@ -48,25 +48,27 @@ class DeviceLost(RuntimeError):
     """The GPU context is unusable (an illegal access, say): nothing more can be measured in this process."""
 
 
-def load_family(family: str) -> ModuleType:
-    """The family's module, if the library has what it benchmarks.
+def load_family(family: str) -> list[ModuleType]:
+    """The family's modules, if the library has what they benchmark.
 
     Raises
     ------
     LookupError
         If it is not there.
     """
-    name = FAMILIES[family]
-    try:
-        module = importlib.import_module(f"{__package__}.{name}")
-    except ModuleNotFoundError as error:
-        raise LookupError(f"no bench/{name}.py ({error})") from error
-    require(module.NEEDS)
-    return module
+    modules = []
+    for name in FAMILIES[family]:
+        try:
+            module = importlib.import_module(f"{__package__}.{name}")
+        except ModuleNotFoundError as error:
+            raise LookupError(f"no bench/{name}.py ({error})") from error
+        require(module.NEEDS)
+        modules.append(module)
+    return modules
 
 
 def select(module: ModuleType, options: Options) -> list[Case]:
-    """The family's cases that the options keep."""
+    """The module's cases that the options keep."""
     pattern = re.compile(options.cases) if options.cases else None
     chosen = [case for case in module.cases() if case.quick or not options.quick]
     if pattern is not None:
@@ -79,12 +81,12 @@ def run_families(families: list[str], rig: Any, report: Report, options: Options
     plans: list[tuple[ModuleType, list[Case]]] = []
     for family in families:
         try:
-            module = load_family(family)
+            modules = load_family(family)
         except LookupError as missing:
             report.add(Row(family, "", OURS, "", status="missing", note=str(missing)))
             say(f"[{family}] missing: {missing}")
             continue
-        plans.append((module, select(module, options)))
+        plans += [(module, select(module, options)) for module in modules]
     work = [(module, case) for module, chosen in plans for case in chosen]
     if options.shard is not None:
         index, count = options.shard
@@ -145,7 +147,7 @@ def run_case(module: ModuleType, case: Case, rig: Any, report: Report, options: 
         sets = module.sets_for(case, rig) if hasattr(module, "sets_for") else rig.sets_for(case.nbytes)
         work = module.build(case, rig, sets)
         _measure(case, OURS, work, rig, report, options)
-        peers = {} if rig.dry else peer_table.chosen(case.family, options.peers)
+        peers = {} if rig.dry else peer_table.chosen(module.__name__.rpartition(".")[2], options.peers)
         for name, builder in peers.items():
             with _reported(case, name, rig, report, options):
                 other = builder(case, rig, work)

@@ -111,8 +111,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The layers to sweep: of the case list, or random ones."""
     if args.random:
         return [bench_lora.layer_case(layer) for layer in random_layers(args.random, args.seed)]
-    layers = [case for case in bench_lora.cases() if isinstance(case.params, Layer)]
-    kept = [case for case in layers if case.quick or not args.quick]
+    kept = [case for case in bench_lora.cases() if case.quick or not args.quick]
     pattern = re.compile(args.cases) if args.cases else None
     return [case for case in kept if pattern is None or pattern.search(f"lora {case.name}")]
 
