@@ -1,7 +1,8 @@
 """A Llama-shaped model over NumPy or CuPy arrays, for the demo: plain, whole, and the same code in every dtype.
 
 Weights are float32 (holding values of the dtype they are served in). Activations have the dtype of the :class:`Ops`;
-every matrix product, norm, rotation and softmax runs in float32 and is rounded once when it is stored.
+every matrix product, norm, rotation and softmax runs in float32 and is rounded once when it is stored. bfloat16 arrays
+are only passed on, cut and reshaped: CuPy computes with them, and copies them, in part and depending on its release.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def read_tensors(path: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
 
 
 def to_float32(xp: Xp, x: XpArray) -> XpArray:
-    """Widen to float32. bfloat16 goes by its bits, which every CuPy release can do."""
+    """Widen to float32."""
     if x.dtype == BFLOAT16:
         return (x.view(xp.uint16).astype(xp.uint32) << xp.uint32(16)).view(xp.float32)
     return x.astype(xp.float32, copy=False)
@@ -222,11 +223,11 @@ class Llama:
 
 
 class KvCache:
-    """One sequence's keys (rotated) and values: per layer two ``(capacity, num_kv_heads, head_dim)`` arrays."""
+    """Keys (rotated) and values of a sequence, float32: per layer two ``(capacity, num_kv_heads, head_dim)`` arrays."""
 
-    def __init__(self, config: LlamaConfig, capacity: int, xp: Xp, dtype: np.dtype[Any]) -> None:
+    def __init__(self, config: LlamaConfig, capacity: int, xp: Xp) -> None:
         shape = (config.num_hidden_layers, 2, capacity, config.num_key_value_heads, config.head_dim)
-        self.layers = xp.zeros(shape, dtype)
+        self.layers = xp.zeros(shape, xp.float32)
         self.length = 0
 
 
@@ -235,7 +236,6 @@ class Batch:
     """The new tokens of several sequences, one after another: a whole prompt or one decoded token each."""
 
     tokens: XpArray  # (n,) int64
-    positions: XpArray  # (n,) int64
     sequences: Sequence[Any]  # what Ops.open gave
     bounds: Sequence[int]  # (len(sequences) + 1,): the rows of sequence i are bounds[i] .. bounds[i + 1]
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # (n,) adapter of each row, -1 = none
@@ -256,7 +256,7 @@ class Ops:
 
     def open(self, capacity: int) -> Any:
         """A new sequence, without tokens yet, that will have at most ``capacity``."""
-        return KvCache(self.config, capacity, self.xp, self.dtype)
+        return KvCache(self.config, capacity, self.xp)
 
     def close(self, sequence: Any) -> None:
         """The sequence is done."""
@@ -267,24 +267,33 @@ class Ops:
 
     def begin(self, batch: Batch) -> None:
         """Prepare what the layers of one step share; the sequences now count their new tokens."""
-        angles = batch.positions[:, None] * self.frequencies[None, :]
+        angles = self.positions(batch)[:, None] * self.frequencies[None, :]
         self.cos = self.xp.cos(angles).astype(self.xp.float32)[:, None, :]
         self.sin = self.xp.sin(angles).astype(self.xp.float32)[:, None, :]
         self.grow(batch)
 
+    def positions(self, batch: Batch) -> XpArray:
+        """``(n,)`` integers: the position of each new token in its sequence."""
+        counts = np.diff(batch.bounds).tolist()
+        starts = [self.length(sequence) for sequence in batch.sequences]
+        parts = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        return self.xp.asarray(np.concatenate(parts))
+
     def grow(self, batch: Batch) -> None:
+        """Count the new tokens."""
         for i, sequence in enumerate(batch.sequences):
             sequence.length += batch.bounds[i + 1] - batch.bounds[i]
 
     def write_kv(self, k: XpArray, v: XpArray, layer: int, batch: Batch) -> None:
         """Store the new tokens' keys and values, ``(n, num_kv_heads, head_dim)``, behind those of their sequences."""
+        k, v = self.widen(k), self.widen(v)
         for i, sequence in enumerate(batch.sequences):
             start, stop = batch.bounds[i], batch.bounds[i + 1]
             rows = slice(sequence.length - (stop - start), sequence.length)
             sequence.layers[layer, 0, rows], sequence.layers[layer, 1, rows] = k[start:stop], v[start:stop]
 
     def read_kv(self, sequence: Any, layer: int) -> tuple[XpArray, XpArray]:
-        """All keys and values of a sequence: ``(length, num_kv_heads, head_dim)`` each."""
+        """All keys and values of a sequence: ``(length, num_kv_heads, head_dim)`` each, float32."""
         keys, values = sequence.layers[layer]
         return keys[: sequence.length], values[: sequence.length]
 
@@ -328,26 +337,27 @@ class Ops:
         q, k = self.rotate(split[:, :heads]), self.rotate(split[:, heads : heads + kv_heads])
         v = split[:, heads + kv_heads :]
         self.write_kv(k, v, layer, batch)
-        out = xp.empty((n, heads, dim), self.dtype)
+        q = self.widen(q)
+        out = xp.empty((n, heads, dim), xp.float32)
         for i, sequence in enumerate(batch.sequences):
             start, stop = batch.bounds[i], batch.bounds[i + 1]
             out[start:stop] = self._attend(q[start:stop], *self.read_kv(sequence, layer))
-        return out.reshape(n, heads * dim)
+        return self.store(out.reshape(n, heads * dim))
 
     def _attend(self, q: XpArray, keys: XpArray, values: XpArray) -> XpArray:
-        """One sequence: its last ``q.shape[0]`` tokens over all of its keys, query heads grouped by their key head."""
+        """One sequence, float32: its last tokens over all of its keys, query heads grouped by their key head."""
         xp = self.xp
         n, heads, dim = q.shape
         total, kv_heads, _ = keys.shape
-        grouped = self.widen(q).reshape(n, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3)
-        wide_keys, wide_values = self.widen(keys).transpose(1, 0, 2), self.widen(values).transpose(1, 0, 2)
-        scores = grouped @ wide_keys[:, None].swapaxes(-1, -2) * xp.float32(1 / math.sqrt(dim))
+        grouped = q.reshape(n, kv_heads, heads // kv_heads, dim).transpose(1, 2, 0, 3)
+        keys, values = keys.transpose(1, 2, 0)[:, None], values.transpose(1, 0, 2)[:, None]
+        scores = grouped @ keys * xp.float32(1 / math.sqrt(dim))
         if n > 1:
             seen = xp.arange(total)[None, :] <= xp.arange(total - n, total)[:, None]
             scores = xp.where(seen, scores, xp.float32(-np.inf))
         weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        return self.store((weights @ wide_values[:, None]).transpose(2, 0, 1, 3).reshape(n, heads, dim))
+        return (weights @ values).transpose(2, 0, 1, 3).reshape(n, heads, dim)
 
 
 def forward(ops: Ops, batch: Batch, rows: XpArray) -> XpArray:
@@ -375,4 +385,4 @@ def forward(ops: Ops, batch: Batch, rows: XpArray) -> XpArray:
         hidden, normed = ops.add_rms_norm(ops.linear(attended, i, "o"), hidden, layer.post_norm)
         gated = ops.silu_mul(ops.linear(normed, i, "gate_up"))
         hidden, normed = ops.add_rms_norm(ops.linear(gated, i, "down"), hidden, next_norm)
-    return ops.widen(normed[rows]) @ model.head.T
+    return ops.widen(normed)[rows] @ model.head.T

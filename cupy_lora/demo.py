@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32
-from ._llama import GROUPS, Batch, Llama, LlamaConfig, Ops, Xp, XpArray, forward, read_config
+from ._llama import GROUPS, Batch, Llama, LlamaConfig, Ops, Xp, XpArray, forward, read_config, to_float32
 from .peft import PeftAdapter, load_peft, safetensors_package
 
 ADAPTERS = Path(__file__).resolve().parent / "data" / "adapters"
@@ -201,14 +201,24 @@ class ServedOps(Ops):
         return int(self.cache.length(sequence))
 
     def begin(self, batch: Batch) -> None:
-        super().begin(batch)
+        self.bounds = self.xp.asarray(np.array(batch.bounds, np.int32))
         self.schedule.update(batch.slots)
+        super().begin(batch)
+
+    def positions(self, batch: Batch) -> XpArray:
+        from . import prepare_position_slot_ids
+
+        lengths = self.xp.asarray(np.array([self.length(sequence) for sequence in batch.sequences], np.int32))
+        none = self.xp.zeros_like(self.bounds)  # the pages address the cache: no slot indices are needed
+        positions, slot_indices = self.xp.empty((2, batch.bounds[-1]), np.int32)
+        most = int(np.diff(batch.bounds).max())
+        prepare_position_slot_ids(most, lengths, self.bounds, none, positions, slot_indices)
+        return positions
 
     def grow(self, batch: Batch) -> None:
         for sequence, count in zip(batch.sequences, np.diff(batch.bounds).tolist(), strict=True):
             self.cache.extend(sequence, count)
         self.tables = self.cache.batch(batch.sequences)
-        self.bounds = self.xp.asarray(np.array(batch.bounds, np.int32))
 
     def write_kv(self, k: XpArray, v: XpArray, layer: int, batch: Batch) -> None:
         from . import init_kv
@@ -219,10 +229,10 @@ class ServedOps(Ops):
     def read_kv(self, sequence: int, layer: int) -> tuple[XpArray, XpArray]:
         config = self.config
         pages = self.xp.asarray(self.cache.pages_of(sequence))
-        held = self.cache.pages[:, layer][pages]  # (pages, 2, heads, page_size, head_dim)
+        bits = self.cache.pages.view(self.xp.uint16)[:, layer][pages]  # (pages, 2, heads, page_size, head_dim)
         shape = (2, -1, config.num_key_value_heads, config.head_dim)
-        keys, values = held.transpose(1, 0, 3, 2, 4).reshape(shape)[:, : self.cache.length(sequence)]
-        return keys, values
+        keys, values = bits.transpose(1, 0, 3, 2, 4).reshape(shape)[:, : self.cache.length(sequence)]
+        return self.widen(keys.view(self.dtype)), self.widen(values.view(self.dtype))
 
     def rms_norm(self, x: XpArray, weight: XpArray) -> XpArray:
         from . import rms_norm
@@ -259,7 +269,7 @@ class MergedOps(Ops):
                 for out, a, b, scale in zip(self.config.widths(group)[1], *fused, strict=True):
                     start, stop = stop, stop + out
                     if a is not None and b is not None:
-                        wide_a, wide_b = self.widen(self.xp.asarray(a)), self.widen(self.xp.asarray(b))
+                        wide_a, wide_b = self.xp.asarray(to_float32(np, a)), self.xp.asarray(to_float32(np, b))
                         weight[start:stop] += self.xp.float32(scale) * (wide_b @ wide_a)
                 self.merged[layer, group] = weight
 
@@ -305,12 +315,9 @@ def serve(ops: Ops, requests: Sequence[Request], tokens: int, admit: int, tick: 
         del waiting[:admit]
         fresh = [request.tokens[-1:] or request.prompt for request, _ in running]
         bounds = np.cumsum([0, *map(len, fresh)])
-        lengths = [ops.length(sequence) for _, sequence in running]
-        positions = [np.arange(n, n + len(new)) for n, new in zip(lengths, fresh, strict=True)]
         slots = np.repeat(np.array([request.adapter for request, _ in running], np.int32), np.diff(bounds))
         batch = Batch(
             xp.asarray(np.concatenate(fresh)),
-            xp.asarray(np.concatenate(positions)),
             [sequence for _, sequence in running],
             bounds.tolist(),
             slots,
@@ -337,7 +344,7 @@ def replay(ops: Ops, requests: Sequence[Request]) -> list[np.ndarray]:
     for request in requests:
         known = np.array(request.prompt + request.tokens[:-1])
         sequence = ops.open(len(known))
-        batch = Batch(xp.asarray(known), xp.asarray(np.arange(len(known))), [sequence], [0, len(known)])
+        batch = Batch(xp.asarray(known), [sequence], [0, len(known)])
         rows = np.arange(len(request.prompt) - 1, len(known))
         found.append(host(forward(ops, batch, xp.asarray(rows))))
         ops.close(sequence)

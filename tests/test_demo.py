@@ -63,7 +63,7 @@ def test_merged_logits_are_those_of_transformers_and_peft(checkpoint, name):
     ops = MergedOps(model, FLOAT32, None if name == "bare" else load_peft(ADAPTERS / name))
     prompt = np.array(EXPECTED["prompt"])
     n = len(prompt)
-    batch = Batch(prompt, np.arange(n), [ops.open(n)], [0, n])
+    batch = Batch(prompt, [ops.open(n)], [0, n])
     got, want = forward(ops, batch, np.array([n - 1]))[0], np.array(EXPECTED[name]["logits"])
     # 16 float32 roundings on the way from the embedding to a logit, each on sums of about the logits' size.
     np.testing.assert_allclose(got, want, rtol=0, atol=16 * np.finfo(np.float32).eps * np.abs(want).max())
@@ -74,10 +74,10 @@ def test_tokens_one_by_one_give_the_logits_of_the_whole(checkpoint):
     ops = Ops(model)
     tokens = np.array(EXPECTED["prompt"])
     n = len(tokens)
-    whole = forward(ops, Batch(tokens, np.arange(n), [ops.open(n)], [0, n]), np.arange(n))
+    whole = forward(ops, Batch(tokens, [ops.open(n)], [0, n]), np.arange(n))
     cache = ops.open(n)
     for i in range(n):
-        batch = Batch(tokens[i : i + 1], np.array([i]), [cache], [0, 1])
+        batch = Batch(tokens[i : i + 1], [cache], [0, 1])
         np.testing.assert_allclose(forward(ops, batch, np.array([0]))[0], whole[i], rtol=0, atol=3e-5)
 
 
@@ -87,11 +87,10 @@ def test_sequences_of_a_batch_do_not_see_each_other(checkpoint):
     prompts = [[1, 2, 3], [200], [7, 7, 9, 11, 250]]
     bounds = np.cumsum([0, *map(len, prompts)])
     caches = [ops.open(len(prompt)) for prompt in prompts]
-    positions = np.concatenate([np.arange(len(prompt)) for prompt in prompts])
-    together = forward(ops, Batch(np.concatenate(prompts), positions, caches, bounds.tolist()), bounds[1:] - 1)
+    together = forward(ops, Batch(np.concatenate(prompts), caches, bounds.tolist()), bounds[1:] - 1)
     for row, prompt in zip(together, prompts, strict=True):
         n = len(prompt)
-        alone = Batch(np.array(prompt), np.arange(n), [ops.open(n)], [0, n])
+        alone = Batch(np.array(prompt), [ops.open(n)], [0, n])
         np.testing.assert_allclose(row, forward(ops, alone, np.array([n - 1]))[0], rtol=0, atol=3e-5)
 
 
