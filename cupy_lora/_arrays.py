@@ -69,10 +69,10 @@ class Array:
     @property
     def contiguous(self) -> bool:
         """C-contiguous; axes of extent 1 do not count, an empty array is contiguous."""
+        if 0 in self.shape:
+            return True
         expected = 1
         for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if extent == 0:
-                return True
             if extent != 1 and stride != expected:
                 return False
             expected *= extent

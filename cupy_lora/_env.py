@@ -16,7 +16,8 @@ class Switch:
     @property
     def on(self) -> bool:
         """True for any value but the empty string, ``0``, ``false``, ``no`` and ``off``."""
-        return os.environ.get(self.name, "").strip().lower() not in ("", "0", "false", "no", "off")
+        value = os.environ.get(self.name)
+        return value is not None and value.strip().lower() not in ("", "0", "false", "no", "off")
 
 
 DEBUG = Switch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +15,7 @@ from .reference.lora import segment_slots
 _FEW_TOKENS: Final = 256
 TILE_HEADER: Final = 8  # int32 words before the row numbers: slot, rows in the tile, spare
 NUM_COUNTERS: Final = 8
+_MOST_LAUNCHES: Final = 1024  # plans kept
 
 
 def tile_heights(max_tokens: int) -> tuple[int, ...]:
@@ -68,20 +70,18 @@ class LoraBatch:
         self.num_tokens = 0
         self.has_indices = True  # False after an update that only the kernels' lists show
         self.heights = tile_heights(self.max_tokens)
-        self.indices = _arrays.empty((self.max_tokens,), INT32, self.device)
-        self.indices.fill(-1)
+        self.indices = _device.filled((self.max_tokens,), INT32, self.device, -1)
         self.counters: Any = None
         self.tiles: dict[int, Any] = {}
         self.counter_view: Array | None = None
         self._schedules: dict[int, tuple[Array, int]] = {}
+        self._launches: dict[Hashable, _jit.Launch] = {}
         self._staging: Any = None
         if self.device != CPU:
             self._allocate()
-            _jit._cupy().cuda.get_current_stream(self.device).synchronize()
 
     def _allocate(self) -> None:
-        self.counters = _arrays.empty((NUM_COUNTERS,), INT32, self.device)
-        self.counters.fill(0)
+        self.counters = _device.filled((NUM_COUNTERS,), INT32, self.device, 0)
         for height in self.heights:
             capacity = tile_capacity(self.max_tokens, self.max_adapters, height)
             self.tiles[height] = _arrays.empty((capacity, TILE_HEADER + height), INT32, self.device)
@@ -115,11 +115,9 @@ class LoraBatch:
         if self.device == CPU:
             self._set_host(slots.numpy())
         if self._has_kernels():
-            from . import _lora_plan
-
             stream = stream_for(self.device, indices)
             (slots,) = self._staged(stream, slots)
-            _jit.run(_lora_plan.build_tiles(slots, self), self.device, stream)
+            _jit.run(self._launch(slots, None), self.device, stream)
         elif self.device != CPU:
             self._set_by_loop(host_copy(slots))
         self.num_tokens = count
@@ -166,12 +164,10 @@ class LoraBatch:
         if self.device == CPU:
             self._set_host(_spread(starts.numpy(), owners.numpy(), num_tokens))
         if self._has_kernels():
-            from . import _lora_plan
-
             stream = stream_for(self.device, indptr, slots)
             starts, owners = self._staged(stream, starts, owners)
             self.num_tokens = num_tokens  # the plan reads it
-            _jit.run(_lora_plan.build_segment_tiles(starts, owners, self), self.device, stream)
+            _jit.run(self._launch(owners, starts), self.device, stream)
         elif self.device != CPU:
             self._set_by_loop(_spread(host_copy(starts), host_copy(owners), num_tokens))
         self.num_tokens = num_tokens
@@ -187,6 +183,26 @@ class LoraBatch:
     def tile_bound(self, height: int, tokens: int) -> int:
         """Most tiles of this height that the current batch can have, as far as the host knows."""
         return tile_capacity(tokens, self.max_adapters, height)
+
+    def _launch(self, slots: Array, indptr: Array | None) -> _jit.Launch:
+        """The launch that builds the tiles; planned once for each size and dtype."""
+        segments = None if indptr is None else (indptr.dtype, self.num_tokens)
+        key = (slots.shape[0], slots.dtype, segments)
+        kept = self._launches.get(key)
+        if kept is None:
+            from . import _lora_plan
+
+            if indptr is None:
+                plan = _lora_plan.build_tiles(slots, self)
+            else:
+                plan = _lora_plan.build_segment_tiles(indptr, slots, self)
+            assert plan.args[0] is slots
+            assert plan.args[1] is indptr
+            if len(self._launches) >= _MOST_LAUNCHES:
+                self._launches.clear()
+            # Without the caller's arrays, which it must not keep alive.
+            kept = self._launches[key] = _jit.Launch(plan.kernel, plan.grid, plan.args[2:])
+        return _jit.Launch(kept.kernel, kept.grid, (slots, indptr, *kept.args))
 
     def _has_kernels(self) -> bool:
         if _env.DISABLE_SGMV.on or (self.device == CPU and not _jit.has_host_runner()):

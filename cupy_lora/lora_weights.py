@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -115,6 +115,7 @@ class LoraWeights:
         self._streams: dict[int, Any] = {}
         self._retired: list[tuple[Any, list[Any]]] = []
         self.rank_set: frozenset[int] = frozenset()
+        self.launches: dict[Hashable, Any] = {}  # of add_lora; they depend on rank_set
 
     # ------------------------------------------------------------------ what is loaded
 
@@ -364,7 +365,10 @@ class LoraWeights:
         if self.device != CPU and (self._buffers[slot] is not None or self._kept[slot]):
             self._retire((self._buffers[slot], self._kept[slot]), stream)
         self._parts[slot] = parts
-        self.rank_set = frozenset(part.rank for loaded in self._parts for part in loaded if part is not None)
+        rank_set = frozenset(part.rank for loaded in self._parts for part in loaded if part is not None)
+        if rank_set != self.rank_set:
+            self.rank_set = rank_set
+            self.launches.clear()
         self._buffers[slot] = buffer
         # With copy=False the parts view the caller's memory and keep it alive.
         self._kept[slot] = parts if buffer is None else ()

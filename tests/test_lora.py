@@ -369,3 +369,39 @@ def test_jax_arrays_are_read(gpu: engines.Engine) -> None:
     y = gpu.array(data.y)
     add_lora(y, array(data.x), weights, batch)
     cases.assert_added(gpu.numpy(y), data)
+
+
+def test_plans_are_kept_and_still_checked(kernels: engines.Engine) -> None:
+    """The second call of a kind takes the kept plan: with other arrays, after other loads, and with bad ones."""
+    case = cases.Case(8, 128, (128,), (16, 16), "random")
+    data = cases.build(case)
+    weights, batch = cases.load(data, kernels.device, kernels.array)
+    x = kernels.array(data.x)
+    for _ in range(2):
+        y = kernels.array(data.y)
+        add_lora(y, x, weights, batch)
+        cases.assert_added(kernels.numpy(y), data)
+    assert len(weights.launches) == 1
+    before = kernels.numpy(x)
+    with pytest.raises(ValueError, match="y: expected memory of its own, got memory that overlaps x"):
+        add_lora(x, x, weights, batch)
+    both = kernels.array(np.zeros(2 * x.size, before.dtype))
+    with pytest.raises(ValueError, match="y: expected memory of its own, got memory that overlaps x"):
+        add_lora(both[8 : 8 + x.size].reshape(x.shape), both[: x.size].reshape(x.shape), weights, batch)
+    tolerance.assert_same_bits(kernels.numpy(x), before)
+    batch.update(kernels.array(np.zeros(7, np.int32)))
+    with pytest.raises(ValueError, match="y: expected the 7 rows of the batch, got 8"):
+        add_lora(y, x, weights, batch)
+    batch.update(kernels.array(data.indices))
+    swapped = cases.build(cases.replace(case, ranks=(16, 40)))
+    weights.load(1, kernels.array(swapped.a[1][0]), kernels.array(swapped.b[1][0]), scale=3.0)
+    mixed = cases.replace(
+        data,
+        case=cases.replace(case, ranks=(16, 40)),
+        a=[data.a[0], swapped.a[1]],
+        b=[data.b[0], swapped.b[1]],
+        scales=[data.scales[0], 3.0],
+    )
+    y = kernels.array(data.y)
+    add_lora(y, x, weights, batch)
+    cases.assert_added(kernels.numpy(y), mixed)
