@@ -57,9 +57,12 @@ extern "C" __global__ void copy_async(const uint4* in, uint4* out, i32 steps, i3
     const int width = static_cast<int>(blockDim.x), tid = static_cast<int>(threadIdx.x);
     const auto fetch = [&](int step) {
         uint4* const to = ring + step % 3 * width + tid;
-        if (step < steps && step % 2) ptx::copy_async_16(to, in + static_cast<i64>(step) * width + tid, step < valid);
-        else if (step < valid) ptx::copy_async_16(to, in + static_cast<i64>(step) * width + tid);
-        else if (step < steps) ptx::copy_async_16(to, nullptr, false);
+        if (step < steps && step % 2)
+            ptx::copy_async_16(to, in + static_cast<i64>(step) * width + tid, step < valid);
+        else if (step < valid)
+            ptx::copy_async_16(to, in + static_cast<i64>(step) * width + tid);
+        else if (step < steps)
+            ptx::copy_async_16(to, nullptr, false);
         ptx::copy_async_commit();
     };
     fetch(0);
@@ -94,7 +97,8 @@ extern "C" __global__ void CUPY_LORA_CLUSTER(BLOCKS) exchange(const uint4* in, u
         for (u32 peer = 0; peer < BLOCKS; ++peer) {
             uint4 v = in[block * width + tid];
             v.x += static_cast<u32>(round);
-            ptx::store_async_16(ptx::map_shared(rows + block * width + tid, peer), v, ptx::map_shared(barriers + half, peer));
+            ptx::store_async_16(ptx::map_shared(rows + block * width + tid, peer), v,
+                                ptx::map_shared(barriers + half, peer));
         }
         ptx::mbarrier_wait(barriers + half, static_cast<u32>(round) >> 1 & 1);
         for (u32 i = 0; i < BLOCKS; ++i) {

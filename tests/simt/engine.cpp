@@ -51,8 +51,8 @@ struct Copy {
 struct Block;
 struct Warp;
 struct Fiber {
-    void* sp;        // where it left off
-    void** frame;    // the same, for the report
+    void* sp;      // where it left off
+    void** frame;  // the same, for the report
     Wait wait;
     const char* what;
     unsigned tid, lane;
@@ -156,8 +156,10 @@ __attribute__((noinline)) void fail(const char* format, ...) {
 
 static void on_signal(int signal, siginfo_t* info, void* context) {
     if (!pthread_equal(owner, pthread_self())) {  // not ours: the timer goes to the right thread, the rest is fatal
-        if (signal == SIGVTALRM) pthread_kill(owner, signal);
-        else std::signal(signal, SIG_DFL);
+        if (signal == SIGVTALRM)
+            pthread_kill(owner, signal);
+        else
+            std::signal(signal, SIG_DFL);
         return;
     }
     std::string message = signal == SIGILL      ? "undefined behaviour: a misaligned access, or outside a local array"
@@ -173,6 +175,9 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
 #if defined(__x86_64__)
     const auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
     pc = reinterpret_cast<void*>(registers[REG_RIP]), frame = reinterpret_cast<void**>(registers[REG_RBP]);
+#elif defined(__aarch64__)
+    const auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext;
+    pc = reinterpret_cast<void*>(registers.pc), frame = reinterpret_cast<void**>(registers.regs[29]);
 #endif
     if (current) message += "; " + place(*current, frame, pc);
     stop(message);
@@ -274,9 +279,7 @@ unsigned short f16_bits(float v) { return __half_as_ushort(__float2half_rn(v)); 
 float float_from_f16(unsigned short bits) { return __half2float(__ushort_as_half(bits)); }
 static float float_from_bf16(unsigned short bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
 // cvt.rna: to nearest, ties away from zero; a carry into the exponent is right, up to infinity.
-float tf32(float v) {
-    return std::isfinite(v) ? simt_bits<float>((simt_bits<unsigned>(v) + 0x1000u) & ~0x1fffu) : v;
-}
+float tf32(float v) { return std::isfinite(v) ? simt_bits<float>((simt_bits<unsigned>(v) + 0x1000u) & ~0x1fffu) : v; }
 
 // ---- tensor cores: fragments as ptx.cuh describes them
 struct Fragments {
@@ -335,7 +338,8 @@ void mma_m16n8k16_f16(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned 
     meet(~0u, "mma f16", 0, &f, multiply_16<float_from_f16>);
 }
 void mma_m16n8k8_tf32(float* c, float a0, float a1, float a2, float a3, float b0, float b1) {
-    Fragments f = {c, {__float_as_uint(a0), __float_as_uint(a1), __float_as_uint(a2), __float_as_uint(a3)},
+    Fragments f = {c,
+                   {__float_as_uint(a0), __float_as_uint(a1), __float_as_uint(a2), __float_as_uint(a3)},
                    {__float_as_uint(b0), __float_as_uint(b1)}};
     meet(~0u, "mma tf32", 0, &f, multiply_tf32);
 }
@@ -365,15 +369,19 @@ void copy_async(void* shared, const void* global, unsigned size, unsigned bytes)
     config->used_async = 1;
     unsigned char now[16] = {};
     memcpy(now, global, bytes);  // an illegal address faults here, not where the copy lands
-    if (config->early) memcpy(shared, now, size);
-    else current->copies.push_back({shared, global, size, bytes, current->group});
+    if (config->early)
+        memcpy(shared, now, size);
+    else
+        current->copies.push_back({shared, global, size, bytes, current->group});
 }
 void copy_async_commit() { ++current->group; }
 static void land(Fiber& f, unsigned groups) {
     size_t kept = 0;
     for (const Copy c : f.copies)
-        if (c.group >= groups) f.copies[kept++] = c;
-        else memset(c.to, 0, c.size), memcpy(c.to, c.from, c.bytes);
+        if (c.group >= groups)
+            f.copies[kept++] = c;
+        else
+            memset(c.to, 0, c.size), memcpy(c.to, c.from, c.bytes);
     f.copies.resize(kept);
 }
 void copy_async_wait(unsigned allowed) {
@@ -458,8 +466,10 @@ void store_async(unsigned long long to, const void* value, unsigned size, unsign
     if (&owner_of(s.to, size, "store_async") != &owner_of(s.barrier, 8, "store_async"))
         fail("store_async: the data and its mbarrier are in different blocks");
     config->used_async = 1;
-    if (config->early) deliver(s);
-    else stores.push_back(s);
+    if (config->early)
+        deliver(s);
+    else
+        stores.push_back(s);
 }
 // Nobody can go on: what the waiting mbarriers still need lands now.
 static bool deliver_awaited() {
@@ -471,8 +481,10 @@ static bool deliver_awaited() {
     std::vector<Store> all;
     all.swap(stores);
     for (const Store& s : all) {
-        if (std::binary_search(awaited.begin(), awaited.end(), s.barrier)) deliver(s);
-        else stores.push_back(s);
+        if (std::binary_search(awaited.begin(), awaited.end(), s.barrier))
+            deliver(s);
+        else
+            stores.push_back(s);
     }
     return stores.size() < all.size();
 }

@@ -308,8 +308,10 @@ _loaded: dict[tuple[Path, _jit.Kernel], _Library] = {}
 
 @functools.cache
 def _engine() -> ctypes.PyDLL:
+    options = ("-O0", "-g3") if os.environ.get("CUPY_LORA_SIMT_DEBUG") else ("-O2", "-g1")
+    path = _build("engine", '#include "engine.cpp"\n', _HERE, options)
     # Kernels find the engine's functions in it. PyDLL keeps the interpreter's lock: a launch is not reentrant.
-    engine = ctypes.PyDLL(str(_build("engine", '#include "engine.cpp"\n', _HERE, ("-O2", "-g1"))), ctypes.RTLD_GLOBAL)
+    engine = ctypes.PyDLL(str(path), ctypes.RTLD_GLOBAL)
     engine.simt_launch.restype = None
     return engine
 

@@ -140,11 +140,11 @@ struct Entry<KERNEL> {
 }  // namespace simt
 
 // One line a library: what runner.py looks up in it.
-#define SIMT_KERNEL(kernel)                                                     \
-    extern "C" SIMT_API const char* simt_signature() {                          \
-        static const std::string text = simt::Entry<kernel>::signature();       \
-        return text.c_str();                                                    \
-    }                                                                           \
+#define SIMT_KERNEL(kernel)                                               \
+    extern "C" SIMT_API const char* simt_signature() {                    \
+        static const std::string text = simt::Entry<kernel>::signature(); \
+        return text.c_str();                                              \
+    }                                                                     \
     extern "C" SIMT_API void simt_thread(void* const* arguments) { simt::Entry<kernel>::run(arguments); }
 
 // ---- CUDA's names
