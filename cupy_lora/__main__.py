@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, _env, _jit, _paths, demo
+from . import __version__, _device, _env, _jit, _paths, demo, dispatch
 from ._device import has_gpu_kernels
+from .lora_batch import tile_capacity, tile_heights
 
 PACKAGES = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "safetensors", "torch", "jax")
 RANKS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+LAYER = (4096, (4096,))  # the layer whose paths info shows: its input width and the widths of its slices
+BATCHES = (("1 token", 1, 1), ("64 tokens, 64 adapters", 64, 64), ("2048 tokens, 1 adapter", 2048, 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +69,30 @@ def info() -> int:
         "switches (environment)",
         [(switch.name, f"{'on' if switch.on else 'off':4} {switch.effect}") for switch in _env.SWITCHES],
     )
+    _print(*_paths_by_rank())
     return 0
+
+
+def _paths_by_rank() -> tuple[str, list[tuple[str, str]]]:
+    """How add_lora runs each rank, here or, without a GPU, on the one that the CPU runner stands for."""
+    width, slices = LAYER
+    layer = f"{width} -> {' + '.join(map(str, slices))}"
+    if not dispatch.has_sgmv():
+        return f"add_lora, {layer}", [("any rank", f"a loop of matrix products ({_env.DISABLE_SGMV.name})")]
+    here = has_gpu_kernels()
+    facts = _jit.device_facts(_device.resolve(None)) if here else _jit.RUNNER_FACTS
+    place = "here" if here else "NumPy here; on a GPU"
+    title = f"add_lora, {layer}: {place} (sm_{facts.arch}, {facts.sm_count} SMs)"
+    rows = [("", "".join(f"{name:32}" for name, _, _ in BATCHES).rstrip())]
+    for rank in RANKS:
+        paths = []
+        for _, tokens, adapters in BATCHES:
+            tiles = {height: tile_capacity(tokens, adapters, height) for height in tile_heights(tokens)}
+            config = dispatch.choose_lora(rank, tokens, tiles, slices, width, facts)
+            ring = f", {config.stages} stages" if config.stages else ""
+            paths.append(f"{config.form}: {config.rows} rows, cluster {config.cluster}{ring}")
+        rows.append((f"rank {rank}", "".join(f"{path:32}" for path in paths).rstrip()))
+    return title, rows
 
 
 def _print(title: str, rows: Sequence[tuple[str, str]]) -> None:

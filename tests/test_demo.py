@@ -437,6 +437,15 @@ def test_info_names_versions_switches_and_paths(capsys):
     text = capsys.readouterr().out
     for part in (cupy_lora.__version__, np.__version__, "device", "cache", "DISABLE_SGMV", "CUPY_LORA_DEBUG"):
         assert part in text
+    for rank in (1, 16, 512):
+        line = next(line for line in text.splitlines() if line.startswith(f"  rank {rank} "))
+        assert line.count("cluster") == 3  # one batch each
+
+
+def test_info_knows_the_loop(capsys, monkeypatch):
+    monkeypatch.setenv("DISABLE_SGMV", "1")
+    assert main(["info"]) == 0
+    assert "any rank  a loop of matrix products (DISABLE_SGMV)" in capsys.readouterr().out
 
 
 def test_warmup_says_what_it_needs(capsys, monkeypatch):
