@@ -55,7 +55,7 @@ def _case(append: Append) -> Case:
 
 
 def cases() -> list[Case]:
-    shapes = [Append(64, 1, 128), Append(8, 256, 1024), Append(1, 1, 128), Append(256, 1, 128)]
+    shapes = [Append(64, 1, 64), Append(8, 256, 1024), Append(1, 1, 64), Append(256, 1, 64)]
     shapes += [Append(1, 512, 512), Append(16, 512, 512)]
     return [_case(append) for append in shapes]
 

@@ -56,6 +56,33 @@ def graph_plan(sets: int, expected_us: float) -> tuple[int, int]:
     return graphs, math.ceil(sets / graphs)
 
 
+def launches_of(call: Call) -> str:
+    """What one call launches: kernel, tile rows (M), cluster (C), warps (W), stages (S), grid, shared memory."""
+    from cupy_lora import _jit
+
+    seen: list[str] = []
+    run = _jit.run
+
+    def watched(launch: Any, *rest: Any) -> None:
+        kernel, defines = launch.kernel, dict(launch.kernel.defines)
+        parts = [kernel.symbol]
+        if "TILE_ROWS" in defines:
+            parts.append(f"M{defines['TILE_ROWS']}")
+        parts += [f"C{kernel.cluster}", f"W{kernel.block // 32}"]
+        if "STAGES" in defines:
+            parts.append(f"S{defines['STAGES']}")
+        parts.append("x".join(map(str, launch.grid)))
+        seen.append(" ".join([*parts, f"{kernel.shared // 1024}KB"]))
+        run(launch, *rest)
+
+    _jit.run = watched
+    try:
+        call()
+    finally:
+        _jit.run = run
+    return "; ".join(seen)
+
+
 class Rig:
     """What the two rigs share. ``xp`` is the array module of the buffers."""
 
@@ -113,8 +140,8 @@ class DryRig(Rig):
         del nbytes, most
         return 2
 
-    def read_floor(self, nbytes: int) -> float | None:
-        del nbytes
+    def read_floor(self, nbytes: int, sets: int = 1000) -> float | None:
+        del nbytes, sets
         return None
 
     def time(self, calls: Sequence[Call], expected_us: float | None, capture: str = "cupy", replays: int = 0) -> None:
@@ -145,7 +172,7 @@ class GpuRig(Rig):
         self._modules: dict[int, Any] = {}
         self._sink = cupy.zeros(4, np.uint32)
         self._pool: Any = None
-        self._floors: dict[int, float] = {}
+        self._floors: dict[tuple[int, int], float] = {}
         self._copy_gbps: float | None = None
         self._torch_stream: Any = None
 
@@ -264,13 +291,17 @@ class GpuRig(Rig):
 
         Every call runs once first (compilation, lazy state). Nothing is subtracted.
         """
+        with self.stream:
+            return self._time(calls, expected_us, capture, replays)
+
+    def _time(self, calls: Sequence[Call], expected_us: float | None, capture: str, replays: int) -> Stats:
         for call in calls:
             call()
         self.sync()
         if expected_us is None:
             expected_us = self._guess(calls)
         graphs, length = graph_plan(len(calls), expected_us)
-        launches = []
+        launches: list[Call] = []
         for g in range(graphs):
             chosen = [calls[(g * length + i) % len(calls)] for i in range(length)]
             launches.append(self._capture(chosen, capture))
@@ -331,19 +362,22 @@ class GpuRig(Rig):
         kernel = self._kernel("empty")
         return self.time([functools.partial(kernel, (1,), (32,), ())], 0.7).median
 
-    def read_floor(self, nbytes: int) -> float | None:
-        """Microseconds of the best kernel that only reads ``nbytes``, cold, one launch a call; None for no bytes."""
+    def read_floor(self, nbytes: int, sets: int = 1000) -> float | None:
+        """Microseconds of the best kernel that only reads ``nbytes``, one launch a call; None for no bytes.
+
+        It rotates over as many places as the case has sets, so that both are as cold.
+        """
         if nbytes <= 0:
             return None
-        if nbytes not in self._floors:
-            self._floors[nbytes] = self._measure_floor(nbytes)
-        return self._floors[nbytes]
+        if (nbytes, sets) not in self._floors:
+            self._floors[nbytes, sets] = self._measure_floor(nbytes, sets)
+        return self._floors[nbytes, sets]
 
-    def _measure_floor(self, nbytes: int) -> float:
+    def _measure_floor(self, nbytes: int, sets: int) -> float:
         pool = self._pool_of(nbytes)
         base, words = int(pool.data.ptr), math.ceil(nbytes / 16)
         span = math.ceil(nbytes / 256) * 256
-        sets = max(min(pool.size * 4 // span, 1000), 1)
+        sets = max(min(pool.size * 4 // span, sets), 1)
         best = math.inf
         # One 16-byte word per thread where that fills the machine, several in flight where there is more to read.
         for unroll, threads in ((1, 256), (4, 256), (8, 512)):

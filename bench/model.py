@@ -121,7 +121,8 @@ class Row:
     ``floor_us`` is the 1-read floor (a kernel that only reads the fewest bytes, cold, in a graph)
     and ``copy_floor_us`` the fewest bytes over the copy bandwidth, both of the same run. ``status`` is
     ``ok``, ``wrong`` (failed its check, so it was not timed), ``failed`` (raised), ``missing``,
-    ``skipped`` (no budget left) or ``dry``. ``error`` is the worst error over its tolerance.
+    ``skipped`` (no budget left) or ``dry``. ``error`` is the worst error over its
+    tolerance, ``launch`` what one call launches.
     """
 
     family: str
@@ -144,6 +145,7 @@ class Row:
     sets: int = 0
     rotation_mb: float = 0.0
     record: dict[str, float] = field(default_factory=dict)
+    launch: str = ""
     note: str = ""
 
     def set_time(self, timing: Stats, copy_gbps: float | None) -> None:
@@ -250,7 +252,9 @@ class Report:
 
 
 def _rounded(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON has no infinity
 
 
 def read_report(path: Path) -> tuple[dict[str, Any], list[Row]]:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from . import peers as peer_table
+from .harness import launches_of
 from .model import OURS, Case, Report, Row, Work, progress, require, say
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -159,13 +160,14 @@ def run_case(module: ModuleType, case: Case, rig: Any, report: Report, options: 
 
 def _measure(case: Case, engine: str, work: Work, rig: Any, report: Report, options: Options) -> None:
     """Check, then time cold (the buffers rotate) and warm (one set of buffers)."""
-    floor = rig.read_floor(case.nbytes)
+    floor = rig.read_floor(case.nbytes, len(work.calls))
     common: dict[str, Any] = {
         "floor_us": floor,
         "target_us": case.target_us(floor) if engine == OURS else None,
         "nbytes": case.nbytes,
         "record": dict(case.record) if engine == OURS else {},
         "error": work.check(),
+        "launch": launches_of(work.calls[0]) if engine == OURS else "",
     }
     if not common["error"] <= 1.0:
         report.add(Row(case.family, case.name, engine, "", status="wrong", note="failed its check", **common))

@@ -16,6 +16,7 @@ import numpy as np
 
 from . import bench_lora, precompile
 from .bench_lora import SEQUENCE, Layer, LayerSet
+from .harness import launches_of
 from .model import Case, Report, geometric_mean, progress, say
 
 FIELDS = ("form", "rows", "cluster", "warps", "stages")
@@ -203,7 +204,7 @@ def sweep_case(case: Case, specs: list[Spec | None], rig: Any, replays: int) -> 
     rig.reseed()
     work = bench_lora.build(case, rig, rig.sets_for(case.nbytes))
     data: list[LayerSet] = work.data
-    floor = rig.read_floor(case.nbytes)
+    floor = rig.read_floor(case.nbytes, len(work.calls))
     error = work.check()
     start = rig.host(data[0].y)
     bits: np.ndarray | None = None
@@ -218,6 +219,7 @@ def sweep_case(case: Case, specs: list[Spec | None], rig: Any, replays: int) -> 
                 row["status"] = "wrong"
         try:
             calls = bench_lora.layer_calls(data, _forced(spec))
+            row["launch"] = launches_of(calls[0])
             got = _result(rig, data[0], start, calls[0])
             if bits is None:
                 bits = got
@@ -263,6 +265,7 @@ def brief(rows: list[dict[str, Any]]) -> str:
         line += f" ({best['median_us'] / best['target_us']:.2f} x target)"
     if chosen is not None:
         line += f", chosen {chosen['median_us']:.2f} ({chosen['median_us'] / best['median_us']:.2f} x best)"
+        line += f" [{chosen['launch']}]" if chosen.get("launch") else ""
     return line
 
 

@@ -499,7 +499,7 @@ def test_every_module_of_a_family_says_so():
     for family, stems in runner.FAMILIES.items():
         for stem in stems:
             if stem != "bench_attention" or (ROOT / "bench" / f"{stem}.py").exists():
-                assert importlib.import_module(f"bench.{stem}").FAMILY == family
+                assert family == importlib.import_module(f"bench.{stem}").FAMILY
 
 
 def test_bad_arguments(capsys):
