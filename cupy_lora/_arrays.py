@@ -177,9 +177,9 @@ def _from_protocol(name: str, obj: Any) -> Array:
         on_gpu = int(obj.__dlpack_device__()[0]) in (2, 13)  # kDLCUDA, kDLCUDAManaged
     if on_gpu:
         cupy = _jit._cupy()
-        if hasattr(obj, "__dlpack__"):
-            return _from_cupy(cupy.from_dlpack(obj))
-        return _from_cupy(cupy.asarray(obj))
+        array = cupy.from_dlpack(obj) if hasattr(obj, "__dlpack__") else cupy.asarray(obj)
+        _jit.keep_imported(array)
+        return _from_cupy(array)
     if hasattr(obj, "__array__") or hasattr(obj, "__array_interface__"):
         return _from_numpy(np.asarray(obj))
     if hasattr(obj, "__dlpack__"):
@@ -263,6 +263,16 @@ def stream_for(device: int, *objs: Any) -> Any:
     return _jit._cupy().cuda.get_current_stream(device)
 
 
+class _RawStream:
+    """A stream handle behind the protocol that ``cupy.cuda.Stream.from_external`` takes."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
 _TORCH_STREAMS: dict[tuple[int, int], Any] = {}
 
 
@@ -275,7 +285,7 @@ def _torch_stream(torch: Any, device: int) -> Any:
         if handle == 0:
             stream = cupy.cuda.Stream.null
         else:
-            stream = cupy.cuda.ExternalStream(handle, device)
+            stream = cupy.cuda.Stream.from_external(_RawStream(handle))
         _TORCH_STREAMS[device, handle] = stream
     return stream
 

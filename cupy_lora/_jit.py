@@ -125,6 +125,33 @@ def run(launch: Launch, device: int, stream: Any = None) -> None:
     else:
         with cupy.cuda.Device(device):
             function(launch.grid, (kernel.block, 1, 1), args, shared_mem=kernel.shared, stream=stream)
+    if _imported:
+        _keep_imported(cupy, device, stream)
+
+
+# Arrays that came by DLPack from a library with streams of its own (JAX): it may give their memory to its next
+# array as soon as the last reference goes, so they are kept until the work that reads them is done.
+_imported: list[Any] = []
+_kept: list[tuple[Any, list[Any]]] = []
+
+
+def keep_imported(obj: Any) -> None:
+    """Keep ``obj`` until the next launch is done."""
+    _imported.append(obj)
+
+
+def _keep_imported(cupy: Any, device: int, stream: Any) -> None:
+    _kept[:] = [entry for entry in _kept if not entry[0].done]
+    objs = _imported.copy()
+    _imported.clear()
+    if stream is None:
+        stream = cupy.cuda.get_current_stream(device)
+    # Under capture there is nothing to wait for: who captures keeps the arrays for the replays.
+    if not cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+        with cupy.cuda.Device(device):
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record(stream)
+        _kept.append((event, objs))
 
 
 def _cupy() -> Any:

@@ -63,6 +63,8 @@ def add_lora(
     key = (
         batch,
         batch.num_tokens,
+        batch.tile_counts,
+        config,
         scale,
         (ya.shape, ya.strides, ya.dtype, ya.device, ya.ptr % 16),
         (xa.shape, xa.strides, xa.dtype, xa.device, xa.ptr % 16),
@@ -86,7 +88,7 @@ def add_lora(
         _loop.add_lora(ya, xa, weights, batch, scale, stream)
     else:
         if launch is None:
-            launch = _plan(key, ya, xa, weights, batch, scale)
+            launch = _plan(key, ya, xa, weights, batch, scale, config)
         _jit.run(_jit.Launch(launch.kernel, launch.grid, (xa, ya, *launch.args)), device, stream)
     weights.used_on(stream)
     return y
@@ -111,11 +113,19 @@ class _Planned:
     reach: int
 
 
-def _plan(key: Hashable, y: Array, x: Array, weights: LoraWeights, batch: LoraBatch, scale: float) -> _Planned:
+def _plan(
+    key: Hashable,
+    y: Array,
+    x: Array,
+    weights: LoraWeights,
+    batch: LoraBatch,
+    scale: float,
+    config: LoraConfig | None,
+) -> _Planned:
     """The launch for such arrays, kept by the weights until their ranks change."""
     from . import _lora_plan
 
-    launch = _lora_plan.add_lora(y, x, weights, batch, scale, _jit.device_facts(weights.device))
+    launch = _lora_plan.add_lora(y, x, weights, batch, scale, _jit.device_facts(weights.device), config)
     assert launch.args[0] is x
     assert launch.args[1] is y
     reach = max(high - low for low, high in (x.span, y.span))

@@ -68,6 +68,7 @@ class LoraBatch:
         self.max_adapters = integer("max_adapters", max_adapters, 1, 2**31 - 1)
         self.device = _device.resolve(device)
         self.num_tokens = 0
+        self.tile_counts: tuple[int, ...] | None = None  # by height, where the last update came from the host
         self.has_indices = True  # False after an update that only the kernels' lists show
         self.heights = tile_heights(self.max_tokens)
         self.indices = _device.filled((self.max_tokens,), INT32, self.device, -1)
@@ -116,6 +117,7 @@ class LoraBatch:
             self._set_host(slots.numpy())
         if self._has_kernels():
             stream = stream_for(self.device, indices)
+            self.tile_counts = self._count(slots.numpy(), None) if slots.device == CPU else None
             (slots,) = self._staged(stream, slots)
             _jit.run(self._launch(slots, None), self.device, stream)
         elif self.device != CPU:
@@ -165,6 +167,8 @@ class LoraBatch:
             self._set_host(_spread(starts.numpy(), owners.numpy(), num_tokens))
         if self._has_kernels():
             stream = stream_for(self.device, indptr, slots)
+            on_host = starts.device == CPU
+            self.tile_counts = self._count(owners.numpy(), np.diff(starts.numpy())) if on_host else None
             starts, owners = self._staged(stream, starts, owners)
             self.num_tokens = num_tokens  # the plan reads it
             _jit.run(self._launch(owners, starts), self.device, stream)
@@ -174,6 +178,8 @@ class LoraBatch:
 
     def schedule(self, height: int) -> tuple[Array, Array, int]:
         """The list of tiles of this height, its counter, and its capacity in tiles."""
+        if height not in self._schedules:
+            raise ValueError(f"config: expected tiles of {' or '.join(map(str, self.heights))} rows, got {height}")
         tiles, capacity = self._schedules[height]
         counter = self.counter_view
         assert counter is not None
@@ -181,8 +187,21 @@ class LoraBatch:
         return tiles, Array(counter.ptr + 4 * at, (1,), (1,), INT32, counter.device, counter.obj), capacity
 
     def tile_bound(self, height: int, tokens: int) -> int:
-        """Most tiles of this height that the current batch can have, as far as the host knows."""
-        return tile_capacity(tokens, self.max_adapters, height)
+        """Most tiles of this height that the current batch can have, as far as the host knows.
+
+        Exact up to rounding (which keeps the plans few) where the last update came from the host. A
+        launch with fewer clusters than tiles is right all the same: graphs may be replayed with others.
+        """
+        bound = tile_capacity(tokens, self.max_adapters, height)
+        if self.tile_counts is None:
+            return bound
+        return min(bound, self.tile_counts[self.heights.index(height)])
+
+    def _count(self, slots: np.ndarray, lengths: np.ndarray | None) -> tuple[int, ...]:
+        """Tiles of each height (rounded up), from slots in host memory."""
+        known = (slots >= 0) & (slots < self.max_adapters)
+        rows = np.bincount(slots[known], None if lengths is None else lengths[known]).astype(np.int64)
+        return tuple(_rounded(int((-(-rows // height)).sum())) for height in self.heights)
 
     def _launch(self, slots: Array, indptr: Array | None) -> _jit.Launch:
         """The launch that builds the tiles; planned once for each size and dtype."""
@@ -242,6 +261,12 @@ class LoraBatch:
             staged.append(view("indices", self._staging[start:stop]))
             start = stop
         return staged
+
+
+def _rounded(count: int) -> int:
+    """Up to the next multiple of an eighth of the power of two below it."""
+    step = max(1, (1 << max(count - 1, 1).bit_length()) // 16)
+    return -(-count // step) * step
 
 
 def _vector(name: str, obj: Any, batch: LoraBatch) -> Array:
