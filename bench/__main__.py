@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--peers", default="auto", metavar="auto|none|LIST", help="peers to time (default: all installed)"
     )
     main.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after this")
+    main.add_argument("--case-timeout", type=float, default=90.0, metavar="SECONDS", help="end the run when one hangs")
     main.add_argument("--no-warm", action="store_true", help="leave out the warm times (one set of buffers)")
     main.add_argument("--jobs", type=int, default=0, metavar="N", help="compile ahead of the timing in N processes")
     main.add_argument("--device", type=int, default=0, metavar="N", help="number of the GPU")
@@ -68,6 +69,7 @@ def _options(args: argparse.Namespace) -> Options:
         cases=args.cases,
         peers=args.peers,
         budget=args.budget,
+        case_timeout=args.case_timeout,
         warm=not args.no_warm,
         shard=shard,
         verbose=args.verbose,

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -305,6 +306,23 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         say(f"[{done:>3}/{total}] {line}")
 
     yield count
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float, what: str) -> Iterator[None]:
+    """Ends the process with status 3 if the block takes longer: a kernel that hangs cannot be stopped otherwise."""
+
+    def give_up() -> None:
+        say(f"stopping: {what} did not end within {seconds:.0f} s", err=True)
+        os._exit(3)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import peers as peer_table
 from .harness import launches_of
-from .model import OURS, Case, Report, Row, Work, progress, require, say
+from .model import OURS, Case, Report, Row, Work, progress, require, say, watchdog
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "lora": ("bench_lora", "bench_lora_batch", "bench_lora_weights"),
@@ -39,6 +39,7 @@ class Options:
     cases: str = ""
     peers: str = "auto"
     budget: float = float("inf")
+    case_timeout: float = 90.0
     warm: bool = True
     shard: tuple[int, int] | None = None
     verbose: bool = False
@@ -99,7 +100,8 @@ def run_families(families: list[str], rig: Any, report: Report, options: Options
                 continue
             before = len(report.rows)
             try:
-                run_case(module, case, rig, report, options)
+                with watchdog(options.case_timeout, f"{case.family} {case.name}"):
+                    run_case(module, case, rig, report, options)
             except DeviceLost as lost:
                 say(f"stopping: {lost}", err=True)
                 return

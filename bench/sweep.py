@@ -17,7 +17,7 @@ import numpy as np
 from . import bench_lora, precompile
 from .bench_lora import SEQUENCE, Layer, LayerSet
 from .harness import launches_of
-from .model import Case, Report, geometric_mean, progress, say
+from .model import Case, Report, geometric_mean, progress, say, watchdog
 
 FIELDS = ("form", "rows", "cluster", "warps", "stages")
 CHOSEN = "chosen"
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, given: list[str], options: Any, make_rig: Call
         precompile.run(given, args.jobs)
     rig = make_rig()
     if options.shard is not None:
-        _compile(cases, specs, rig, options.shard)
+        _compile(cases, specs, rig, options)
         return 0
     report = Report(None, rig.machine(), given)
     rows: list[dict[str, Any]] = []
@@ -142,7 +142,8 @@ def run(args: argparse.Namespace, given: list[str], options: Any, make_rig: Call
                 say(f"the budget is spent: {len(cases) - number + 1} cases left out")
                 break
             try:
-                found = sweep_case(case, specs, rig, args.replays)
+                with watchdog(options.case_timeout, case.name):
+                    found = sweep_case(case, specs, rig, args.replays)
             except Exception as error:
                 say(f"{case.name}: {traceback.format_exc()}", err=True)
                 found = [{"case": case.name, "config": CHOSEN, "status": "failed", "note": str(error)[:300]}]
@@ -179,8 +180,8 @@ def _forced(spec: Spec | None) -> Any:
     return None if spec is None else spec.config()
 
 
-def _compile(cases: list[Case], specs: list[Spec | None], rig: Any, shard: tuple[int, int]) -> None:
-    index, count = shard
+def _compile(cases: list[Case], specs: list[Spec | None], rig: Any, options: Any) -> None:
+    index, count = options.shard
     for c, case in enumerate(cases):
         mine = [spec for s, spec in enumerate(specs) if (c * len(specs) + s) % count == index]
         if not mine:
@@ -189,8 +190,9 @@ def _compile(cases: list[Case], specs: list[Spec | None], rig: Any, shard: tuple
         data = bench_lora.build_set(case.params, rig, rig.array(bench_lora.slots_of(case.params)))
         for spec in mine:
             try:
-                bench_lora.layer_calls([data], _forced(spec))[0]()
-                rig.sync()
+                with watchdog(options.case_timeout, case.name):
+                    bench_lora.layer_calls([data], _forced(spec))[0]()
+                    rig.sync()
             except Exception:
                 if _lost(rig):
                     return  # the timing process meets the same config and reports it

@@ -468,6 +468,15 @@ def test_a_lost_device_stops_the_run(monkeypatch):
     assert [row.case for row in report.rows] == ["raises"]
 
 
+def test_a_hanging_case_ends_the_process():
+    code = "import time; from bench.model import watchdog\nwith watchdog(0.2, 'a case'): time.sleep(30)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 3
+    assert "a case did not end" in done.stderr
+    with model.watchdog(30.0, "nothing"):
+        pass
+
+
 def test_a_spent_budget_skips(monkeypatch):
     monkeypatch.setattr(runner, "load_family", lambda family: [_Family])
     report = model.Report(None, {}, [])
