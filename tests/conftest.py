@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import engines
@@ -13,6 +14,14 @@ from cupy_lora import _env
 # Set once here: a case is a whole matrix product, so it may be slow on a shared machine, and must be repeatable.
 hypothesis.settings.register_profile("cupy_lora", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("cupy_lora")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if engines.SANITIZED in os.environ:
+        import cupy
+
+        # Without the pool each array is an allocation of its own, whose bounds the sanitizer knows.
+        cupy.cuda.set_allocator(None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from cupy_lora import _arrays, _device, _jit
 class Engine(Protocol):
     name: str
     device: str | int  # for objects of the library that live somewhere
+    small_only: bool  # whether cases of many multiply-adds take too long
 
     def array(self, host: np.ndarray) -> Any:
         """The values in new memory of the engine."""
@@ -27,6 +29,7 @@ class Engine(Protocol):
 class Numpy:
     name = "numpy"
     device = "cpu"
+    small_only = False
 
     def array(self, host: np.ndarray) -> np.ndarray:
         return np.array(host, order="C")
@@ -39,6 +42,7 @@ class Simt(Numpy):
     """NumPy arrays whose memory ends (or starts) at a guard page; launches go to the CPU runner."""
 
     name = "simt"
+    small_only = True
 
     def __init__(self, edge: str = "end") -> None:
         from simt import runner
@@ -55,8 +59,12 @@ class Simt(Numpy):
         return self.array(poison.view(dtype).reshape(shape))
 
 
+SANITIZED = "CUPY_LORA_TESTS_SANITIZED"  # set by test_sanitizer.py for the tests it runs
+
+
 class Gpu:
     name = "gpu"
+    small_only = SANITIZED in os.environ
 
     def __init__(self, device: int = 0) -> None:
         self.device = device

@@ -16,8 +16,8 @@ CASES = cases.STACKED + cases.STACKED_LARGE
 
 
 def skip_large(engine: engines.Engine, case: cases.Stacked) -> None:
-    if engine.name == "simt" and not case.small:
-        pytest.skip("too many multiply-adds for the CPU runner")
+    if engine.small_only and not case.small:
+        pytest.skip("too many multiply-adds for this engine")
 
 
 def shrink(engine: engines.Engine, case: cases.Stacked, scaling: float = 0.75) -> None:
