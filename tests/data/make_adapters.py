@@ -57,7 +57,10 @@ def main() -> None:
         shutil.rmtree(ADAPTERS, ignore_errors=True)
         for name, (dtype, settings) in CONFIGS.items():
             model = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", **settings))
-            model.peft_config["default"].base_model_name_or_path = "demo-llama"
+            config = model.peft_config["default"]
+            config.base_model_name_or_path = "demo-llama"
+            if isinstance(config.target_modules, set):
+                config.target_modules = sorted(config.target_modules)  # a set's order differs from run to run
             for key, weight in model.named_parameters():
                 if "lora_A" in key:
                     torch.nn.init.uniform_(weight, -((3 / weight.shape[1]) ** 0.5), (3 / weight.shape[1]) ** 0.5)
