@@ -1,7 +1,7 @@
 // Batched gather matrix-vector products: one adapter index per token.
 //
 //   bgmv_shrink  out[i, 0:rank] = scaling * (x[i] A[index[i]]^T)      x (tokens, in), A (slots, rank, in)
-//   bgmv_expand  out[i, offset:offset + N] (+)= v[i] B[index[i]]^T    v (tokens, rank), B (slots, N, rank)
+//   bgmv_expand  out[i, offset:offset + N] (+)= scaling * v[i] B[index[i]]^T    v (tokens, rank), B (slots, N, rank)
 //
 // Grid: x = CLUSTER blocks per token, y = chunks of ranks (shrink) or 1. Block: 32 * WARPS threads.
 // A tile is one token: seven of the eight columns of each tensor core product repeat it, and are not
@@ -35,10 +35,11 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads)
 #else
 extern "C" __global__ void __launch_bounds__(kThreads)
     bgmv_expand(const In* __restrict__ v, const Half* __restrict__ weights, const i64* __restrict__ pointers, Out* out,
-                const Index* __restrict__ indices, i32 slots, i64 stride, i64 layer, i64 v_stride, i64 out_stride) {
+                const Index* __restrict__ indices, i32 slots, i64 stride, i64 layer, i64 v_stride, i64 out_stride,
+                float scale) {
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 token = blockIdx.x / kCluster;
     const Index slot = indices[token];
-    if (stack.has(slot)) expand_tile(Tile{0, 1, nullptr, token}, v, v_stride, stack.at(slot), out, out_stride);
+    if (stack.has(slot)) expand_tile(Tile{0, 1, nullptr, token}, v, v_stride, stack.at(slot), out, out_stride, scale);
 }
 #endif

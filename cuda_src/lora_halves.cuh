@@ -1,11 +1,12 @@
 // The two halves of a LoRA layer as launches of their own, for one tile: what bgmv.cu and sgmv.cu share.
 //
 //   shrink   out[row, 0:rank]  (=, or += with ADD)  scale * (x[row] A^T)
-//   expand   out[row, 0:N]     (=, or += with ADD)  v[row] B^T
+//   expand   out[row, 0:N]     (=, or += with ADD)  scale * v[row] B^T
 //
 // A tile of a shrink covers one chunk of ranks (blockIdx.y); a cluster shares it along K. A tile of an
 // expand is shared by kCluster independent blocks along N. Weights are a stack of slots, or one pointer
-// a slot (POINTERS=1) to which `layer` elements are added.
+// a slot (POINTERS=1) to which `layer` elements are added; a pointer of 0, or one that is not a multiple
+// of 16, is no adapter.
 #pragma once
 
 #include "lora_direct.cuh"
@@ -20,7 +21,10 @@ struct Stack {
     i64 layer;
     i32 slots;
 
-    CUPY_LORA_DEVICE bool has(i64 slot) const { return slot >= 0 && slot < slots && (!POINTERS || pointers[slot] != 0); }
+    CUPY_LORA_DEVICE bool has(i64 slot) const {
+        if (slot < 0 || slot >= slots) return false;
+        return !POINTERS || (pointers[slot] != 0 && pointers[slot] % 16 == 0);
+    }
     CUPY_LORA_DEVICE const Half* at(i64 slot) const {
         return POINTERS ? reinterpret_cast<const Half*>(pointers[slot]) + layer : weights + slot * stride;
     }
@@ -62,9 +66,10 @@ CUPY_LORA_DEVICE void shrink_nothing(const Tile& tile, Out* out, i64 out_stride)
     }
 }
 #else
-CUPY_LORA_DEVICE void expand_tile(const Tile& tile, const In* v, i64 v_stride, const Half* b, Out* out, i64 out_stride) {
+CUPY_LORA_DEVICE void expand_tile(const Tile& tile, const In* v, i64 v_stride, const Half* b, Out* out, i64 out_stride,
+                                  float scale) {
     const In* const v_row = v + tile.row(threadIdx.x % 32 / 4) * v_stride;
-    const auto v_of = [&](int at) { return to_float(v_row[at]); };
+    const auto v_of = [&](int at) { return to_float(v_row[at]) * scale; };
     if constexpr (kStraight<kRank>) {
         ExpandStraight<kRank, kWidths[0]> expand;
         expand.request(tile, out, out_stride, b);

@@ -1,7 +1,7 @@
 // Segmented gather matrix-vector products: runs of tokens that share an adapter.
 //
 //   sgmv_shrink  out[i, 0:rank] (=, +=) scaling * (x[i] A[slot]^T)    for every row i of the segment
-//   sgmv_expand  out[i, offset:offset + N] (=, +=) v[i] B[slot]^T
+//   sgmv_expand  out[i, offset:offset + N] (=, +=) scaling * v[i] B[slot]^T
 //
 // A segment s covers the rows starts[s] to starts[s] + lengths[s] (or, with ENDS=1, to lengths[s]) and
 // uses slot indices[s] (without indices: slot s). Grid: x = CLUSTER blocks for each of the tiles that
@@ -60,7 +60,7 @@ __launch_bounds__(kThreads)
                 shrink_nothing(tile, out, out_stride);
             }
 #else
-            if (present) expand_tile(tile, x, x_stride, stack.at(slot), out, out_stride);
+            if (present) expand_tile(tile, x, x_stride, stack.at(slot), out, out_stride, scale);
 #endif
         }
     }

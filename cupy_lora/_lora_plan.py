@@ -146,7 +146,8 @@ def bgmv_expand(
     )
     kernel = _half_kernel("bgmv", "bgmv_expand", 2, config, rank, defines)
     args = (x, b, None, _from_column(y, slice_offset), indices, np.int32(b.shape[0]), np.int64(rank * slice_size))
-    return Launch(kernel, (tokens * config.cluster, 1, 1), (*args, np.int64(0), _row_stride(x), _row_stride(y)))
+    strides = (np.int64(0), _row_stride(x), _row_stride(y))
+    return Launch(kernel, (tokens * config.cluster, 1, 1), (*args, *strides, np.float32(1.0)))
 
 
 def _from_column(y: Array, column: int) -> Array:
