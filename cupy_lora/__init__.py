@@ -7,6 +7,7 @@ and works on a machine without a GPU or a driver.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import Any
 
 __version__ = "0.1.0"
@@ -41,21 +42,20 @@ _EXPORTS = {
 }
 _MODULES = ("dispatch", "punica_kernels", "reference")
 
-__all__ = sorted([*_EXPORTS, *_MODULES, "__version__"])
+_PRESENT = {module.name for module in pkgutil.iter_modules(__path__)}
+
+__all__ = sorted(
+    {name for name, module in _EXPORTS.items() if module in _PRESENT} | (set(_MODULES) & _PRESENT) | {"__version__"}
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    module = _EXPORTS.get(name)
-    if module is None:
+    module = _EXPORTS.get(name, name if name in _MODULES else None)
+    if module not in _PRESENT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(importlib.import_module(f".{module}", __name__), name)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{module}":
-            raise
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r} in this version") from None
+    value = importlib.import_module(f".{module}", __name__)
+    if name in _EXPORTS:
+        value = getattr(value, name)
     globals()[name] = value
     return value
 
