@@ -308,7 +308,7 @@ def set_slot(table: Array, slot: int, records: np.ndarray, facts: DeviceFacts) -
     """Launch that writes one slot's records (one per slice) into the table."""
     del facts
     count = len(records)
-    kernel = Kernel("lora_table", "set_slot", (("SLICES", count),), block=max(32, math.ceil(count / 32) * 32))
+    kernel = Kernel("lora_weights", "set_slot", (("SLICES", count),), block=max(32, math.ceil(count / 32) * 32))
     by_value = np.zeros(1, np.dtype([("records", records.dtype, (count,))]))
     by_value["records"][0] = records
     return Launch(kernel, (1, 1, 1), (table, np.int32(slot), by_value))
