@@ -47,8 +47,8 @@ def test_dtype_by_name_or_object(dtype: object) -> None:
 
 def test_load_fills_the_record(engine: engines.Engine) -> None:
     rng = np.random.default_rng(0)
-    weights = LoraWeights(24, 40, max_adapters=4, dtype="bfloat16", device=engine.device)
-    a, b = matrices(rng, 5, 24, 40)
+    weights = LoraWeights(23, 41, max_adapters=4, dtype="bfloat16", device=engine.device)
+    a, b = matrices(rng, 5, 23, 41)  # A is no multiple of 16 bytes, B must still start at one
     weights.load(2, engine.array(a), engine.array(b), scale=0.3)
     assert weights.ranks == (0, 0, 5, 0)
     assert weights.rank_set == {5}
