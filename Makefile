@@ -57,11 +57,15 @@ wheel: $(BASE) ## build the sdist and, from it, the wheel into dist/, and test t
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist dist/*.tar.gz
 	CUPY_LORA_DIST=dist $(PY) -m pytest -n 0 tests/test_packaging.py
 
-coverage: $(COVERAGE) ## line and branch coverage of the Python side
+coverage: $(COVERAGE) ## coverage of the Python side, and of the CUDA sources as the CPU runs them
 	rm -f .coverage .coverage.*
-	$(PY) -m coverage run -m pytest -n 0 -q $(ARGS)
+	$(PY) -m coverage run -m pytest -n 0 -q
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report
+	$(PY) tests/simt/gcov.py -n $(JOBS) $(ARGS)
+
+mutants: $(BASE) ## change the kernels one place at a time: do the tests without a GPU notice?
+	$(PY) tests/simt/mutants.py --jobs $(JOBS) $(ARGS)
 
 bench: $(BENCH) ## time every op on the GPU
 	$(PY) -m bench $(ARGS)
