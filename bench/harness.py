@@ -26,6 +26,7 @@ GRAPH_US = 1500.0  # long enough to drown the gap between two graphs
 CALLS_PER_GRAPH = (20, 1000)
 REPLAYS = 12
 LEAD_US = 20_000.0
+SHORTEST_US = 0.3  # no kernel node takes less: below it, the capture missed the launches
 
 Call = Callable[[], Any]
 
@@ -317,7 +318,10 @@ class GpuRig(Rig):
             events[i + 1].record(self.stream)
         self.sync()
         elapsed = self.xp.cuda.get_elapsed_time
-        return stats((elapsed(events[i], events[i + 1]) * 1e3 / length for i in range(rounds)), length)
+        result = stats((elapsed(events[i], events[i + 1]) * 1e3 / length for i in range(rounds)), length)
+        if result.median < SHORTEST_US:
+            raise RuntimeError(f"{result.median:.3f} us per call: expected at least {SHORTEST_US}: an empty graph?")
+        return result
 
     def _guess(self, calls: Sequence[Call]) -> float:
         few = list(calls[:4])

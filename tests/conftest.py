@@ -11,6 +11,9 @@ import pytest
 
 from cupy_lora import _env
 
+# JAX takes three quarters of the GPU's memory at its first use otherwise, from every test process.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # Set once here: a case is a whole matrix product, so it may be slow on a shared machine, and must be repeatable.
 hypothesis.settings.register_profile("cupy_lora", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("cupy_lora")

@@ -68,7 +68,9 @@ def test_floats_are_rounded_to_halves_and_tf32(kernels: engines.Engine) -> None:
         assert_same_halves(kernels.numpy(bf).view(BFLOAT16), values.astype(BFLOAT16))
         assert_same_halves(kernels.numpy(half).view(np.float16), values.astype(np.float16))
     got, finite = kernels.numpy(tf32), np.isfinite(values)
-    assert np.isnan(got[np.isnan(values)]).all()
+    # Quiet NaNs, the only ones that arithmetic makes: of others the GPU may keep no bit that says NaN.
+    quiet = np.isnan(values) & (values.view(np.uint32) & 0x400000 != 0)
+    assert np.isnan(got[quiet]).all()
     np.testing.assert_array_equal(got[np.isinf(values)], values[np.isinf(values)])
     # Ties away from zero: add half of the last place kept to the magnitude, cut the 13 bits below it.
     expected = (values.view(np.uint32).astype(np.uint64) + 0x1000 & ~np.uint64(0x1FFF)).astype(np.uint32)
