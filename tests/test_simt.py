@@ -173,6 +173,12 @@ FAULTS = {
         lambda: rms_norm(3, 1024),
         "wrote 16 bytes ahead of the array",
     ),
+    "read ahead of the start": Fault(
+        "norm.cu",
+        (("to[k] = take(in, ", "to[k] = take(in - 8, "),),
+        lambda: rms_norm(3, 1024),
+        r"descending .* illegal address .* \d+ bytes ahead of the array",
+    ),
     "stale shared memory": Fault(
         "norm.cu", (("            kept[me + k * THREADS] = v.quad;\n", ""),), lambda: rms_norm(1, 40000), "."
     ),

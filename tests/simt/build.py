@@ -1,0 +1,170 @@
+"""Kernel sources to libraries: g++, and a cache that test processes share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cupy_lora import _jit, _paths
+
+_HERE = Path(__file__).resolve().parent
+
+_sources: Path | None = None
+
+
+def sources() -> Path:
+    """The folder that kernels are compiled from."""
+    return _sources or _paths.cuda_src()
+
+
+@contextlib.contextmanager
+def patched(file: str, *changes: tuple[str, str]) -> Iterator[None]:
+    """Within this context kernels are compiled from sources in which ``file`` is changed.
+
+    Each change replaces a text that occurs exactly once.
+    """
+    global _sources
+    with tempfile.TemporaryDirectory(prefix="cupy_lora_patched_") as folder:
+        shutil.copytree(sources(), folder, dirs_exist_ok=True)
+        path = Path(folder) / file
+        text = path.read_text()
+        for old, new in changes:
+            if text.count(old) != 1:
+                raise ValueError(f"{file}: expected one place that reads {old!r}, got {text.count(old)}")
+            text = text.replace(old, new)
+        path.write_text(text)
+        before, _sources = _sources, Path(folder)
+        try:
+            yield
+        finally:
+            _sources = before
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: per user, shared by test processes."""
+    folder = os.environ.get("CUPY_LORA_SIMT_CACHE")
+    path = Path(folder) if folder else Path(tempfile.gettempdir()) / f"cupy_lora_simt_{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+@functools.cache
+def cuda_include() -> Path:
+    """The folder of cuda_fp16.h: in the runtime wheel, or in a toolkit."""
+    candidates = []
+    with contextlib.suppress(ImportError):
+        import nvidia
+
+        for base in nvidia.__path__:
+            candidates += [Path(base) / "cu13" / "include", Path(base) / "cuda_runtime" / "include"]
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            candidates.append(Path(os.environ[variable]) / "include")
+    candidates.append(Path("/usr/local/cuda/include"))
+    for folder in candidates:
+        if all((folder / header).is_file() for header in ("cuda_fp16.h", "cuda_bf16.h", "vector_types.h")):
+            return folder
+    raise RuntimeError(
+        "the simt tests need CUDA's headers: expected cuda_fp16.h of the package nvidia-cuda-runtime or of a toolkit "
+        f"(CUDA_HOME), got none in {', '.join(map(str, candidates))}"
+    )
+
+
+@functools.cache
+def _compiler() -> tuple[str, ...]:
+    """The command that builds a library, without sources and optimisation."""
+    # No GNU_UNIQUE: two specialisations define inline variables of one name and different values.
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
+    command += ["-fno-omit-frame-pointer", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+    command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-function"]
+    with contextlib.suppress(OSError):
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if flags and {"avx2", "bmi2", "f16c", "fma"} <= set(flags[1].split()):
+            command.append("-march=x86-64-v3")
+    return (*command, f"-I{_HERE}", f"-I{cuda_include()}")
+
+
+@functools.cache
+def _kernel_options() -> tuple[str, ...]:
+    """How kernels are compiled: misaligned accesses and indices outside local arrays trap."""
+    checks = ("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error", "-DCUPY_LORA_SIMT")
+    if os.environ.get("CUPY_LORA_SIMT_DEBUG"):
+        return ("-O0", "-g3", *checks)
+    if os.environ.get("CUPY_LORA_SIMT_COVERAGE"):
+        return ("-O0", "-g1", "--coverage", *checks)
+    return ("-O1", "-g1", *checks)
+
+
+def _closure(path: Path, folder: Path, seen: dict[Path, bytes]) -> None:
+    if path in seen or not path.is_file():
+        return
+    seen[path] = path.read_bytes()
+    for name in re.findall(rb'^\s*#include\s+"([^"]+)"', seen[path], re.M):
+        for base in (path.parent, folder, _HERE):
+            _closure((base / name.decode()).resolve(), folder, seen)
+
+
+def _library(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Path:
+    """The library of a translation unit, built unless it is in the cache; safe among processes."""
+    files: dict[Path, bytes] = {}
+    for include in re.findall(r'#include "([^"]+)"', unit):
+        for base in (folder, _HERE):
+            _closure((base / include).resolve(), folder, files)
+    digest = hashlib.sha256(repr((_compiler(), options, unit)).encode())
+    for path in sorted(files, key=lambda p: p.name):
+        digest.update(path.name.encode() + b"\0" + files[path] + b"\0")
+    library = cache_folder() / f"{name}-{digest.hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    scratch = Path(tempfile.mkdtemp(prefix="build_", dir=cache_folder()))
+    try:
+        source, built = scratch / f"{library.stem}.cpp", scratch / library.name
+        source.write_text(unit)
+        command = [*_compiler(), *options, f"-I{folder}", str(source), "-o", str(built), "-ldl"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise RuntimeError(f"{name} did not compile for the CPU:\n{' '.join(command)}\n{result.stderr[:6000]}")
+        built.replace(library)
+    finally:
+        if "--coverage" not in options:  # gcov's notes and counts lie beside the source
+            shutil.rmtree(scratch)
+    return library
+
+
+def engine() -> Path:
+    """The library that runs the threads of every kernel."""
+    options = ("-O0", "-g3") if os.environ.get("CUPY_LORA_SIMT_DEBUG") else ("-O2", "-g1")
+    return _library("engine", '#include "engine.cpp"\n', _HERE, options)
+
+
+def specialisation(kernel: _jit.Kernel, folder: Path) -> Path:
+    """The library of one specialisation of a kernel, from the sources in ``folder``."""
+    unit = f'#include "{kernel.source}.cu"\nSIMT_KERNEL({kernel.symbol})\n'
+    defines = tuple(f"-D{name}={value}" for name, value in kernel.defines)
+    return _library(Path(kernel.source).name, unit, folder, (*_kernel_options(), *defines))
+
+
+def symbolised(text: str, library: Path) -> str:
+    """The text with its code addresses ("@1f3@2a0") replaced by places in the kernel sources."""
+    addresses = sorted(set(re.findall(r"@([0-9a-f]+)", text)))
+    tool = shutil.which("addr2line")
+    places: dict[str, str] = {}
+    for address in addresses if tool else ():
+        command = [str(tool), "-i", "-e", str(library), address]
+        out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        lines = [Path(line.split(" ")[0]).name for line in out.splitlines()]
+        places[address] = " < ".join(line for line in lines if re.match(r"(?!ptx\.)[^:]*\.cuh?:", line))
+
+    def replace(match: re.Match[str]) -> str:
+        chain = [places[address] for address in re.findall(r"@([0-9a-f]+)", match[0]) if places.get(address)]
+        return f"at {' < '.join(chain)}" if chain else match[0]
+
+    return re.sub(r"(?:@[0-9a-f]+)+", replace, text)
