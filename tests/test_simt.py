@@ -177,7 +177,7 @@ FAULTS = {
         "norm.cu",
         (("to[k] = take(in, ", "to[k] = take(in - 8, "),),
         lambda: rms_norm(3, 1024),
-        r"descending .* illegal address .* \d+ bytes ahead of the array",
+        r"descending .* illegal address .* .\d+ bytes ahead of the array",
     ),
     "stale shared memory": Fault(
         "norm.cu", (("            kept[me + k * THREADS] = v.quad;\n", ""),), lambda: rms_norm(1, 40000), "."
