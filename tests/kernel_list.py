@@ -188,3 +188,18 @@ def metadata_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
             yield f"copy-{name}-{most}", plan.copy_next_input_ids(table, rows, rows, rows, flat, cu, most).kernel
             yield f"position-{name}-{most}", plan.position_slot_ids(rows, cu, cu, flat, flat, most).kernel
             yield f"slots-{name}-{most}", plan.slots_filtering(slots, flat, cu, rows, most).kernel
+
+
+@family("_punica_plan")
+def punica_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
+    pointers, indices = array((64,), INT64), array((64,), INT64)
+    starts, ends = (array((64,), INT32) for _ in range(2))
+    for wide_in, wide_out in ((4096, 16), (16, 4096), (4096, 64), (64, 4096), (100, 7), (33, 1000)):
+        for dtype in (FLOAT16, BFLOAT16):
+            x, y = array((64, wide_in), dtype), array((64, wide_out), dtype)
+            name = f"{wide_in}-{wide_out}-{_SHORT[dtype.name]}"
+            yield f"bgmv-{name}", plan.bgmv(y, x, pointers, indices, 1, 0.5, dtype, facts).kernel
+            phase = plan.phase_of(wide_in, wide_out)
+            for transposed in (False, True):
+                launch = plan.sgmv(y, x, pointers, starts, ends, 1, dtype, facts, phase=phase, transposed=transposed)
+                yield f"sgmv-{name}{'-transposed' if transposed else ''}", launch.kernel
