@@ -208,6 +208,7 @@ ADD_LORA = [
     Case(12, 256, (128,), (16, 0, 16), "distinct"),
     Case(12, 256, (128,), (16, 16, 16), "distinct", pad=(8, 8)),
     Case(12, 256, (128,), (16, 16, 16), "distinct", pad=(3, 6)),
+    Case(12, 256, (128,), (16, 16, 16), "distinct", pad=(4, 0)),  # the first row is aligned, the next are not
     Case(12, 256, (128,), _MIXED, "distinct", scale=-2.0),
     Case(40, 256, (128,), _MIXED, "skewed", "float16", "float16"),
     Case(6, 257, (131,), (16, 16), "distinct"),
@@ -288,6 +289,7 @@ STACKED = [
     Stacked(9, 256, 16, pattern="none"),
     Stacked(6, 256, 16, pad=(8, 8), pattern="runs"),
     Stacked(6, 256, 16, pad=(1, 2), pattern="descending"),
+    Stacked(6, 256, 16, pad=(4, 0), pattern="distinct"),
     Stacked(6, 257, 16, pattern="distinct"),
     Stacked(6, 131, 5, pattern="distinct", dtype="float16"),
     Stacked(6, 1, 1, pattern="distinct"),

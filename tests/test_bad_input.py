@@ -189,15 +189,18 @@ def test_output_overlaps_the_weights(engine: engines.Engine, op: str) -> None:
     refused(op, engine, args, ValueError, "output_tensor: expected memory of its own")
 
 
+@pytest.mark.parametrize("step", [0, -1], ids=["one_row", "one_short"])
 @pytest.mark.parametrize("op", EVERY)
-def test_output_rows_that_overlap_each_other(engine: engines.Engine, op: str) -> None:
+def test_output_rows_that_overlap_each_other(engine: engines.Engine, op: str, step: int) -> None:
     if engine.name == "gpu":
         from cupy.lib.stride_tricks import as_strided
     else:
         from numpy.lib.stride_tricks import as_strided
     args = arguments(op, engine)
     base, out = args["output_tensor"], args["output_tensor"].shape[1]
-    args["output_tensor"] = as_strided(base, (TOKENS, out), (0, base.itemsize))
+    args["output_tensor"] = as_strided(
+        base, (TOKENS, out), (0 if step == 0 else (out - 1) * base.itemsize, base.itemsize)
+    )
     refused(op, engine, args, ValueError, "output_tensor: expected contiguous rows that do not overlap", out=base)
 
 

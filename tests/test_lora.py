@@ -168,8 +168,9 @@ def test_one_batch_serves_many_layers(engine: engines.Engine) -> None:
 def test_loop_path(engine: engines.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """DISABLE_SGMV=1: a loop of matrix products gives the same results, within rounding."""
     monkeypatch.setenv("DISABLE_SGMV", "1")
-    for case in (cases.ADD_LORA[3], cases.ADD_LORA[8], cases.ADD_LORA[26], cases.ADD_LORA[27]):
-        run(engine, case)
+    for case in cases.ADD_LORA:
+        if case.pattern == "out_of_range" or len(case.outs) > 1:
+            run(engine, case)
 
 
 # ---------------------------------------------------------------------------------------- GPU
@@ -398,6 +399,7 @@ def test_plans_are_kept_and_still_checked(kernels: engines.Engine) -> None:
     batch.update(kernels.array(data.indices))
     swapped = cases.build(cases.replace(case, ranks=(16, 40)))
     weights.load(1, kernels.array(swapped.a[1][0]), kernels.array(swapped.b[1][0]), scale=3.0)
+    assert not weights.launches, "a kernel for the ranks that were"
     mixed = cases.replace(
         data,
         case=cases.replace(case, ranks=(16, 40)),
