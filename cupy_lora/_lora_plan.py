@@ -61,7 +61,8 @@ def _vectors(array: Array, columns: int) -> int:
 
 
 def _row_stride(array: Array) -> np.int64:
-    return np.int64(array.strides[0] if array.shape[0] > 1 else array.shape[1])
+    stride: np.int64 = np.int64(array.strides[0] if array.shape[0] > 1 else array.shape[1])
+    return stride
 
 
 def _defines(config: LoraConfig, **values: int | str) -> Defines:
@@ -331,7 +332,9 @@ def _build(slots: Array, indptr: Array | None, batch: LoraBatch) -> Launch:
     )
     shared = 4 * (256 + 8 * len(heights) + (2 + len(heights)) * batch.max_adapters)
     kernel = Kernel("lora_batch", "build_tiles", defines, block=256, shared=shared)
-    lists = np.zeros(1, np.dtype([("tiles", np.int64, (len(heights),)), ("capacity", np.int32, (len(heights),))], align=True))
+    lists = np.zeros(
+        1, np.dtype([("tiles", np.int64, (len(heights),)), ("capacity", np.int32, (len(heights),))], align=True)
+    )
     for i, height in enumerate(heights):
         tiles, _, capacity = batch.schedule(height)
         lists["tiles"][0, i] = tiles.ptr
