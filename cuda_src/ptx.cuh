@@ -56,6 +56,17 @@ CUPY_LORA_DEVICE float tf32_from_float(float v) {
 #endif
 }
 
+// 2^v to about 2^-22 of the result (2^-inf = 0); subnormal results are flushed to zero.
+CUPY_LORA_DEVICE float exp2_approx(float v) {
+#ifndef CUPY_LORA_SIMT
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+#else
+    return std::exp2(v);
+#endif
+}
+
 // ---- tensor cores: c += a b, a 16 x k row-major, b k x 8 column-major, float32 accumulators ----
 // Fragments as the PTX ISA lays them out: with g = lane / 4 and t = lane % 4,
 //   a0, a1: rows g, g + 8 at k = 2t, 2t + 1; a2, a3: the same rows at k = 2t + 8, 2t + 9
@@ -93,6 +104,32 @@ CUPY_LORA_DEVICE void mma_m16n8k8_tf32(float (&c)[4], float a0, float a1, float 
 #endif
 }
 
+// Four 8 x 8 matrices of 16-bit elements from shared memory: lane 8 i + r passes the address of row r of
+// matrix i (16 bytes, 16-byte aligned). With g = lane / 4 and t = lane % 4, r[i] holds row g, columns
+// 2t and 2t + 1 of matrix i: the layout of the fragments above.
+CUPY_LORA_DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+#ifndef CUPY_LORA_SIMT
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#else
+    simt::load_matrices(r, row, false, __LINE__);
+#endif
+}
+
+// The same matrices transposed: r[i] holds rows 2t and 2t + 1 of column g.
+CUPY_LORA_DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+#ifndef CUPY_LORA_SIMT
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#else
+    simt::load_matrices(r, row, true, __LINE__);
+#endif
+}
+
 // ---- global loads ------------------------------------------------------------------------------
 // 16 bytes that are read once by this block (weights): kept out of L1. 16-byte aligned, read-only
 // for the whole launch.
@@ -115,6 +152,24 @@ CUPY_LORA_DEVICE uint2 load_once_8(const void* p) {
     return v;
 #else
     return *static_cast<const uint2*>(p);
+#endif
+}
+
+// What another block of this launch wrote before its fence: from L2, past this multiprocessor's L1.
+CUPY_LORA_DEVICE float load_fresh(const float* p) {
+#ifndef CUPY_LORA_SIMT
+    float v;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+    return v;
+#else
+    return *p;
+#endif
+}
+
+// Orders this thread's accesses to global memory before the fence with those after it, for the whole GPU.
+CUPY_LORA_DEVICE void fence_gpu() {
+#ifndef CUPY_LORA_SIMT
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
 #endif
 }
 

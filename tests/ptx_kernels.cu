@@ -75,6 +75,46 @@ extern "C" __global__ void copy_async(const uint4* in, uint4* out, i32 steps, i3
     }
 }
 
+extern "C" __global__ void powers_of_two(const float* in, float* out) {
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    out[i] = ptx::exp2_approx(in[i]);
+}
+
+// Four matrices of 8 x 8, row after row, as each lane gets them: straight, then transposed.
+extern "C" __global__ void matrices(const uint4* in, u32* out) {
+    CUPY_LORA_SHARED(shared);
+    uint4* const rows = reinterpret_cast<uint4*>(shared);
+    const u32 lane = threadIdx.x;
+    rows[lane] = in[lane];
+    __syncwarp();
+    u32 straight[4], transposed[4];
+    ptx::load_matrices(straight, rows + lane);
+    ptx::load_matrices_transposed(transposed, rows + lane);
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+        out[i * 32 + lane] = straight[i];
+        out[128 + i * 32 + lane] = transposed[i];
+    }
+}
+
+// Every block leaves its number; the last to arrive adds them up, whichever it is.
+extern "C" __global__ void last_adds(float* parts, i32* arrived, float* out) {
+    CUPY_LORA_SHARED(shared);
+    i32& before = *reinterpret_cast<i32*>(shared);
+    if (threadIdx.x == 0) {
+        parts[blockIdx.x] = static_cast<float>(blockIdx.x + 1);
+        ptx::fence_gpu();
+        before = atomicAdd(arrived, 1);
+    }
+    __syncthreads();
+    if (before != static_cast<i32>(gridDim.x) - 1 || threadIdx.x != 0) return;
+    ptx::fence_gpu();
+    float sum = 0.f;
+    for (u32 i = 0; i < gridDim.x; ++i) sum += ptx::load_fresh(parts + i);
+    *out = sum;
+    *arrived = 0;
+}
+
 #ifdef BLOCKS
 // Each block sends its row of `in` to every block of the cluster, `rounds` times over; `out` is, for each
 // block and round, the rows of all blocks as they arrived there.

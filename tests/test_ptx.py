@@ -136,6 +136,36 @@ def test_loads_that_keep_out_of_l1(kernels: engines.Engine) -> None:
     np.testing.assert_array_equal(kernels.numpy(out), values)
 
 
+def test_powers_of_two(kernels: engines.Engine) -> None:
+    rng = np.random.default_rng(13)
+    values = np.concatenate([[-np.inf, 0, 1, -1, -125, 127], rng.uniform(-125, 127, 2042)]).astype(np.float32)
+    out = kernels.array(np.zeros_like(values))
+    launch(kernels, "powers_of_two", kernels.array(values), out, grid=len(values) // 256, block=256)
+    exact = np.exp2(values.astype(np.float64))
+    got = kernels.numpy(out)
+    np.testing.assert_array_equal(got[:4], [0, 1, 2, 0.5])
+    assert (np.abs(got - exact) <= 2.0**-21 * exact).all()
+
+
+def test_matrices_come_as_fragments(kernels: engines.Engine) -> None:
+    values = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)  # matrix, row, column
+    out = kernels.array(np.zeros((2, 4, 8, 4), np.uint32))
+    launch(kernels, "matrices", kernels.array(values.view(np.uint32).reshape(32, 4)), out, shared=512)
+    got = kernels.numpy(out).view(np.uint16).reshape(2, 4, 8, 8)  # g, then both elements of each t
+    np.testing.assert_array_equal(got[0], values)
+    np.testing.assert_array_equal(got[1], values.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 300])
+def test_the_last_block_sees_what_the_others_wrote(kernels: engines.Engine, blocks: int) -> None:
+    parts, arrived = kernels.array(np.zeros(blocks, np.float32)), kernels.array(np.zeros(1, np.int32))
+    out = kernels.array(np.zeros(1, np.float32))
+    for _ in range(2):
+        launch(kernels, "last_adds", parts, arrived, out, grid=blocks, shared=16)
+        assert kernels.numpy(out)[0] == blocks * (blocks + 1) / 2
+        assert kernels.numpy(arrived)[0] == 0
+
+
 @pytest.mark.parametrize(("steps", "valid"), [(1, 1), (2, 1), (7, 7), (8, 5), (3, 0)])
 def test_asynchronous_copies(kernels: engines.Engine, steps: int, valid: int) -> None:
     width = 64

@@ -110,6 +110,29 @@ inline unsigned match_any(const char* what, int line, unsigned mask, T value) {
     return static_cast<unsigned>(l.out);
 }
 
+// ldmatrix: each lane passes one row of 16 bytes and gets two neighbours of each of the four matrices.
+inline void load_matrices(unsigned (&r)[4], const void* row, bool transposed, int line) {
+    struct Part {
+        const unsigned short* row;
+        unsigned out[4];
+        bool transposed;
+    } part = {static_cast<const unsigned short*>(row), {}, transposed};
+    if (reinterpret_cast<size_t>(row) % 16) fail("ldmatrix: address %p is not 16-byte aligned", row);
+    meet(~0u, "ldmatrix", line, &part, [](void* const* data, unsigned) {
+        for (unsigned lane = 0; lane < WARP; ++lane) {
+            Part& to = *static_cast<Part*>(data[lane]);
+            for (unsigned i = 0; i < 4; ++i) {
+                const auto at = [&](unsigned line, unsigned column) {
+                    return static_cast<unsigned>(static_cast<Part*>(data[8 * i + line])->row[column]);
+                };
+                const unsigned g = lane / 4, t = lane % 4 * 2;
+                to.out[i] = to.transposed ? at(t, g) | at(t + 1, g) << 16 : at(g, t) | at(g, t + 1) << 16;
+            }
+        }
+    });
+    for (int i = 0; i < 4; ++i) r[i] = part.out[i];
+}
+
 inline void syncwarp(int line, unsigned mask = ~0u) { meet(mask, "__syncwarp", line, nullptr, nullptr); }
 
 // ---- a kernel and its parameters
@@ -178,6 +201,11 @@ inline float __int_as_float(int v) { return simt_bits<float>(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
+inline void sincospif(float v, float* s, float* c) {
+    const double pi = 3.14159265358979323846;
+    *s = static_cast<float>(std::sin(pi * v));
+    *c = static_cast<float>(std::cos(pi * v));
+}
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 template <class T>
 inline T __ldg(const T* p) {
