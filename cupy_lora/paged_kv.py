@@ -22,6 +22,7 @@ from ._arrays import (
     view,
 )
 from ._lora_checks import host_copy, integer
+from ._plans import Plans
 
 
 def init_kv(
@@ -67,7 +68,7 @@ def init_kv(
         is 0 or not aligned, a ``last_page_offset`` out of range, and a sequence whose pages do
         not hold its tokens; without it such tokens are not written.
     """
-    indptr = _table("seqlen_indptr", seqlen_indptr, INT32)
+    indptr = view("seqlen_indptr", seqlen_indptr)
     _write(kv_ptrs, kv_indptr, last_page_offset, k, v, indptr, num_layers, layer_idx, num_kv_heads, page_size)
 
 
@@ -116,10 +117,38 @@ def _write(
     num_kv_heads: int,
     page_size: int,
 ) -> None:
-    ptrs = _table("kv_ptrs", kv_ptrs, INT64)
-    pages = _table("kv_indptr", kv_indptr, INT32)
-    last = _table("last_page_offset", last_page_offset, INT32)
-    ka, va = view("k", k), view("v", v)
+    ptrs, pages = view("kv_ptrs", kv_ptrs), view("kv_indptr", kv_indptr)
+    last, ka, va = view("last_page_offset", last_page_offset), view("k", k), view("v", v)
+    arrays = (ptrs, pages, last, ka, va, indptr)
+    key = _plans.key(arrays, num_layers, layer_idx, num_kv_heads, page_size)
+    kept = _plans.find(key, arrays)
+    if kept is not None:
+        launch = kept.launch(arrays)
+    else:
+        planned = _checked(arrays, num_layers, layer_idx, num_kv_heads, page_size)
+        if planned is None:
+            return
+        launch = planned
+        _plans.keep(key, launch, arrays)
+    device = ptrs.device
+    _jit.run(launch, device, stream_for(device, k, v, kv_ptrs))
+
+
+_plans = Plans()
+
+
+def _checked(
+    arrays: tuple[Array, Array, Array, Array, Array, Array | None],
+    num_layers: int,
+    layer_idx: int,
+    num_kv_heads: int,
+    page_size: int,
+) -> _jit.Launch | None:
+    """The launch of a call that was checked; None where it is done already (NumPy), or there is nothing to do."""
+    ptrs, pages, last, k, v, indptr = arrays
+    _check_table("kv_ptrs", ptrs, INT64)
+    _check_table("kv_indptr", pages, INT32)
+    _check_table("last_page_offset", last, INT32)
     num_layers = integer("num_layers", num_layers, 1)
     layer_idx = integer("layer_idx", layer_idx, 0, num_layers - 1)
     num_kv_heads = integer("num_kv_heads", num_kv_heads, 1)
@@ -127,37 +156,34 @@ def _write(
     batch = last.shape[0]
     check_shape("kv_indptr", pages, (batch + 1,))
     if indptr is not None:
+        _check_table("seqlen_indptr", indptr, INT32)
         check_shape("seqlen_indptr", indptr, (batch + 1,))
-    _check_rows("k", ka, "tokens" if indptr is not None else batch, num_kv_heads)
-    check_dtype("v", va, (ka.dtype,))
-    check_shape("v", va, ka.shape)
-    _check_rows("v", va, ka.shape[0], num_kv_heads)
-    device = same_device(kv_ptrs=ptrs, kv_indptr=pages, last_page_offset=last, k=ka, v=va, seqlen_indptr=indptr)
+    _check_rows("k", k, "tokens" if indptr is not None else batch, num_kv_heads)
+    check_dtype("v", v, (k.dtype,))
+    check_shape("v", v, k.shape)
+    _check_rows("v", v, k.shape[0], num_kv_heads)
+    device = same_device(kv_ptrs=ptrs, kv_indptr=pages, last_page_offset=last, k=k, v=v, seqlen_indptr=indptr)
     if _env.DEBUG.on:
-        _debug_tables(ptrs, pages, last, indptr, ka.shape[0], page_size)
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import kv
+        _debug_tables(ptrs, pages, last, indptr, k.shape[0], page_size)
+    if device != CPU or _jit.has_host_runner():
+        return plan_write_kv(ptrs, pages, last, k, v, indptr, layer_idx, page_size)
+    from .reference import kv
 
-        tables = ptrs.numpy(), pages.numpy(), last.numpy(), ka.numpy(), va.numpy()
-        sizes = num_layers, layer_idx, num_kv_heads, page_size
-        if indptr is None:
-            kv.append_kv(*tables, *sizes)
-        else:
-            kv.init_kv(*tables, indptr.numpy(), *sizes)
-        return
-    launch = plan_write_kv(ptrs, pages, last, ka, va, indptr, layer_idx, page_size)
-    if launch is not None:
-        _jit.run(launch, device, stream_for(device, k, v, kv_ptrs))
+    tables = ptrs.numpy(), pages.numpy(), last.numpy(), k.numpy(), v.numpy()
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    if indptr is None:
+        kv.append_kv(*tables, *sizes)
+    else:
+        kv.init_kv(*tables, indptr.numpy(), *sizes)
+    return None
 
 
 # ---- checks -------------------------------------------------------------------------------------
-def _table(name: str, obj: Any, dtype: np.dtype[Any]) -> Array:
-    array = view(name, obj)
+def _check_table(name: str, array: Array, dtype: np.dtype[Any]) -> None:
     check_dtype(name, array, (dtype,))
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one axis, got shape {array.shape}")
     check_contiguous(name, array)
-    return array
 
 
 def _check_rows(name: str, array: Array, tokens: int | str, num_kv_heads: int) -> None:

@@ -19,6 +19,12 @@ BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np
 DTYPES = [F16, BF16, F32]
 
 
+def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan for a GPU so small that every block has several rows to walk over."""
+    monkeypatch.setattr(_jit, "device_facts", lambda device: _jit.DeviceFacts(arch=90, sm_count=2))
+    norm._plans.clear()
+
+
 def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, spread: float = 1.0) -> np.ndarray:
     return (rng.standard_normal(shape) * spread).astype(dtype)
 
@@ -107,7 +113,7 @@ def test_fused_is_the_two_steps_in_bits(kernels: Engine):
 
 @pytest.mark.parametrize("columns", [48, 129, 4096])
 def test_out_may_be_the_input(engine: Engine, columns: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_jit, "RUNNER_FACTS", _jit.DeviceFacts(arch=90, sm_count=2))
+    few_multiprocessors(monkeypatch)
     rng = np.random.default_rng(2)
     x, w = numbers(rng, (43, columns), BF16), numbers(rng, (columns,), BF16)
     xe = engine.array(x)
@@ -163,7 +169,7 @@ def test_leading_shapes_and_empty_batches(engine: Engine):
 
 def test_many_rows_per_block(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     """More rows than the grid has blocks: every block walks over several, with a short last step."""
-    monkeypatch.setattr(_jit, "RUNNER_FACTS", _jit.DeviceFacts(arch=90, sm_count=2))
+    few_multiprocessors(monkeypatch)
     rng = np.random.default_rng(5)
     for rows, columns in ((1003, 16), (203, 1032)):
         x, w = numbers(rng, (rows, columns), BF16), numbers(rng, (columns,), BF16)
