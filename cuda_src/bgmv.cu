@@ -15,7 +15,7 @@ using Index = i32;
 #endif
 
 #if PHASE == 1
-extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads)
+extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     bgmv_shrink(const In* __restrict__ x, const Half* __restrict__ weights, const i64* __restrict__ pointers, Out* out,
                 const Index* __restrict__ indices, i32 slots, i64 stride, i64 layer, i64 x_stride, i64 out_stride,
                 float scale) {
@@ -23,7 +23,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads)
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 token = blockIdx.x / kCluster;
     const Index slot = indices[token];
-    const Tile tile{0, 1, nullptr, token};
+    const Tile tile{0, 1, nullptr, token, 0};
     if (!stack.has(slot)) {
         shrink_nothing(tile, out, out_stride);
         return;
@@ -33,13 +33,16 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads)
     shrink_tile(ex, tile, x, x_stride, stack.at(slot), out, out_stride, scale);
 }
 #else
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     bgmv_expand(const In* __restrict__ v, const Half* __restrict__ weights, const i64* __restrict__ pointers, Out* out,
                 const Index* __restrict__ indices, i32 slots, i64 stride, i64 layer, i64 v_stride, i64 out_stride,
                 float scale) {
+    CUPY_LORA_SHARED(shared);
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 token = blockIdx.x / kCluster;
     const Index slot = indices[token];
-    if (stack.has(slot)) expand_tile(Tile{0, 1, nullptr, token}, v, v_stride, stack.at(slot), out, out_stride, scale);
+    if (stack.has(slot)) {
+        expand_tile(Tile{0, 1, nullptr, token, 0}, v, v_stride, stack.at(slot), out, out_stride, scale, shared);
+    }
 }
 #endif

@@ -8,7 +8,8 @@
 // one slot, listed by build_tiles (lora_batch.cu). The forms are described in lora_direct.cuh and
 // lora_ring.cuh; both give the same bits (lora_math.cuh).
 //
-// Preconditions: every listed row is in [0, tokens), every slot in [0, slots); CLUSTER > 1 needs sm_90.
+// Preconditions: every listed slot is one of the table's; CLUSTER > 1 needs sm_90. Rows from `tokens` on are
+// skipped.
 #include "lora_direct.cuh"
 #if TILE_ROWS > 8
 #include "lora_ring.cuh"
@@ -20,11 +21,11 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     const int g = threadIdx.x % 32 / 4;
     const In* const x_row = layer.x + tile.row(g) * layer.x_stride;
     const float scale = w.scale * layer.scale;
-    if constexpr (kStraight<kRank>) {
+    if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
-        ExpandStraight<kRank, N> expand;
-        expand.request(tile, y, layer.y_stride, w.b);
-        shrink_leaves<kWidth / 16, 96>(ex, x_row, w.a, kRank);
+        ExpandStaged<kRank, N> expand;
+        expand.request(ex.stages, tile, y, layer.y_stride, w.b);
+        shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x_row, w.a, kRank);
         __syncthreads();
         exchange_parts<kWidth>(ex, tile.rows);
         expand.finish([&](int rank) {
@@ -33,7 +34,7 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
         });
     } else {
         const int rank = kRank ? kRank : w.rank;
-        shrink_chunks<kRank ? chunk_of(kRank) : kAnyChunk, kRank ? 96 : kAnyBudget>(ex, x_row, w.a, rank, tile.rows);
+        shrink_chunks<kRank ? chunk_of(kRank) : kAnyChunk, kRank ? kShrinkBudget : kAnyBudget>(ex, x_row, w.a, rank, tile.rows);
         expand_any<N, kRank>(tile, y, layer.y_stride, w.b, rank,
                              [&](int at) { return ex.v[g * (kMaxRank + 4) + at] * scale; });
     }
@@ -51,12 +52,12 @@ struct Block {
 template <int kRank, int N>
 CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
 #if TILE_ROWS > 8
-    if constexpr (ring_rank(kRank) && kStraight<kRank> && sizeof(Out) == 2) {
+    if constexpr (kStaged<kRank>) {
         ring_tile<kRank, N>(block.ring, block.ex, block.local, layer, tile, w, y);
     } else {
         for (int first = 0; first < tile.rows; first += 8) {
             const int rows = tile.rows - first < 8 ? tile.rows - first : 8;
-            direct_tile<kRank, N>(block.ex, layer, Tile{tile.slot, rows, tile.list + first, 0}, w, y);
+            direct_tile<kRank, N>(block.ex, layer, Tile{tile.slot, rows, tile.list + first, 0, tile.tokens}, w, y);
             __syncthreads();  // the next rows' parts overwrite these
         }
     }
@@ -96,19 +97,12 @@ CUPY_LORA_DEVICE void tile_of_slice(Block& block, const Layer& layer, const Tile
     }
 }
 
-// The ring fills a multiprocessor with one block; the direct form leaves the number of them to its registers.
-#if TILE_ROWS > 8
-#define LAYER_BOUNDS __launch_bounds__(kThreads, 1)
-#else
-#define LAYER_BOUNDS __launch_bounds__(kThreads)
-#endif
-
-extern "C" __global__ void LAYER_CLUSTER LAYER_BOUNDS
+extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     add_lora(const In* __restrict__ x, Out* y, const Record* __restrict__ table, const i32* __restrict__ tiles,
-             const i32* __restrict__ tile_count, i32 tile_capacity, i64 x_stride, i64 y_stride, float scale) {
+             const i32* __restrict__ tile_count, i32 tokens, i64 x_stride, i64 y_stride, float scale) {
     CUPY_LORA_SHARED(shared);
     constexpr int kStride = 8 + kTileRows;
-    const Layer layer{x, y, x_stride, y_stride, scale};
+    const Layer layer{x, y, x_stride, y_stride, tokens, scale};
     const int slice = static_cast<int>(blockIdx.y);
     int width = kWidths[0];
     i64 offset = 0;
@@ -134,7 +128,7 @@ extern "C" __global__ void LAYER_CLUSTER LAYER_BOUNDS
     if (at >= count) return;
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
     while (true) {
-        const Tile tile{head.x, head.y, record + 8, 0};
+        const Tile tile{head.x, head.y, record + 8, 0, tokens};
         const Record w = table[static_cast<i64>(head.x) * kSlices + slice];
         if (w.rank > 0) tile_of_slice(block, layer, tile, w, y + offset, width);
         at += step;

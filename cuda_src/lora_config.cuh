@@ -8,6 +8,8 @@
 //                          takes the path with run-time loops (ANY_RANK=1) or cannot occur (ANY_RANK=0)
 //   PHASE                  0 fused, 1 shrink only, 2 expand only
 //   CLUSTER, WARPS         blocks that share a tile, warps per block
+//   STAGES                 slots of the ring, or units of B and y that a warp has in flight
+//   MIN_BLOCKS             blocks that must fit a multiprocessor, by their registers
 //   TILES                  0 list of tiles of a LoraBatch, 1 one token a tile, 2 segments
 //   TILE_ROWS              rows of a tile
 //   X_VECTORS, A_VECTORS, B_VECTORS, Y_VECTORS   1: 16-byte accesses are aligned
@@ -50,7 +52,9 @@ constexpr CUPY_LORA_DEVICE int chunk_of(int rank) {
     return rank <= 16 ? 16 : rank >= 64 ? 64 : ceil_div(rank, 32) * 32;
 }
 constexpr int kAnyChunk = 16;  // for a rank that is not
-constexpr int kAnyBudget = kWarps > 8 ? 24 : 40;  // registers for its loads in flight: it must not cost the others
+// Registers for loads of x and A in flight; for a rank known at run time only, which must not cost the others.
+constexpr int kShrinkBudget = 72;
+constexpr int kAnyBudget = 24;
 
 constexpr CUPY_LORA_DEVICE int widest_chunk() {
     int widest = kAnyRank ? kAnyChunk : 0;
@@ -85,9 +89,15 @@ struct Tile {
     int rows;
     const i32* list;  // padded to kTileRows with a row of the tile; null: first, first + 1, ...
     i64 first;
+    i32 tokens;  // of a list: rows from here on are not the caller's (a graph may be replayed with another batch)
 
-    // Row `i` of the tile; past its end, some row of it (safe to read, never to write).
-    CUPY_LORA_DEVICE i64 row(int i) const { return list ? list[i] : first + (i < rows ? i : rows - 1); }
+    // Row `i` of the tile; past its end, some row that is safe to read.
+    CUPY_LORA_DEVICE i64 row(int i) const {
+        if (!list) return first + (i < rows ? i : rows - 1);
+        const int listed = list[i];
+        return listed < tokens ? listed : 0;
+    }
+    CUPY_LORA_DEVICE bool writes(int i) const { return i < rows && (!list || list[i] < tokens); }
 };
 
 // What every tile of a fused layer shares.
@@ -95,5 +105,6 @@ struct Layer {
     const In* x;
     Out* y;
     i64 x_stride, y_stride;  // elements between rows
+    i32 tokens;
     float scale;
 };

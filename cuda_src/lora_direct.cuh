@@ -4,19 +4,20 @@
 //   shrink    the 64 leaves of K are dealt to blocks, then warps; a warp multiplies 16 ranks (the
 //             16-row operand) by 8 tokens (the 8-wide one) and leaves its part of v in shared memory
 //   exchange  each block sums its warps' parts and sends the result to every block of the cluster
-//   expand    the columns of y are dealt to blocks and warps in units of 16 * kRows: a lane holds
-//             2 * kRows neighbouring columns of tokens 2t and 2t + 1
-// x, A, B and y are all requested before the first product: B does not wait for v.
+//   expand    the columns of y are dealt to blocks and warps in units of 16 * kPairs: a lane holds
+//             2 * kPairs neighbouring columns of tokens 2t and 2t + 1
+// x, A, B and y are all requested before the first product: B does not wait for v. x and A go to registers,
+// B and y, where the rank and the alignment allow it, to shared memory: in registers they would cost the block
+// its occupancy, and the assembler moves such loads behind the products (10.0 instead of 7 us at 64 adapters).
 //
 // Shared memory (bytes): 128 for two mbarriers | received: float [2][kCluster][8][kChunk] (clusters) |
-// parts: float [kWarps][8][kChunk + 4] | v: float [8][kMaxRank + 4] (ranks above 64 or not known at
-// compile time). `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
+// parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] | v: float [8][kMaxRank + 4] (ranks that are
+// not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are). `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: kCluster * kWarps <= 64, both powers of two.
 #pragma once
 
-#include "lora_config.cuh"
-#include "lora_math.cuh"
+#include "lora_slots.cuh"
 
 constexpr int kThreads = 32 * kWarps;
 
@@ -25,13 +26,21 @@ struct Exchange {
     u64* barriers;    // [2], one for each half of `received`
     float* parts;     // [kWarps][8][kChunk + 4]
     float* received;  // [2][kCluster][8][kChunk]
-    float* v;         // [8][kMaxRank + 4]
+    float* whole;     // [8][kChunk]: summed over the cluster
+    float* v;         // [8][kMaxRank + 4]: of every rank, where they take several exchanges
+    unsigned char* stages;  // [kWarps][STAGES]: slots of B and y
     u32 uses;         // exchanges so far: half = uses % 2, parity of its barrier = uses / 2 % 2
     bool joined;      // the other blocks of the cluster are known to run
 };
 
 constexpr int kReceivedBytes = kCluster > 1 ? 2 * kCluster * 8 * kChunk * 4 : 0;
-constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;
+constexpr CUPY_LORA_DEVICE int widest_staged() {
+    int widest = 0;
+    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
+    return widest;
+}
+constexpr int kStageBytes = 64 * (widest_staged() + 8) * 2;  // 64 columns of B and of 8 rows of y
+constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;  // then `whole` and v
 
 // `local`: parts and v, which no other block writes.
 CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* barriers, unsigned char* received, unsigned char* local) {
@@ -39,7 +48,9 @@ CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* barriers, unsigned char*
     ex.barriers = reinterpret_cast<u64*>(barriers);
     ex.received = reinterpret_cast<float*>(received);
     ex.parts = reinterpret_cast<float*>(local);
-    ex.v = reinterpret_cast<float*>(local + kPartsBytes);
+    ex.whole = reinterpret_cast<float*>(local + kPartsBytes);
+    ex.v = ex.whole + 8 * kChunk;
+    ex.stages = local + kPartsBytes + 8 * kChunk * 4;  // a tile uses one of the two
     ex.uses = 0;
     ex.joined = kCluster == 1;
     if constexpr (kCluster > 1) {
@@ -54,6 +65,38 @@ CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* barriers, unsigned char*
 
 CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* shared) {
     return exchange_start(shared, shared + 128, shared + 128 + kReceivedBytes);
+}
+
+// Whether each lane sums the blocks' parts of its own ranks. Where that takes many loads, the block sums them
+// once instead, at the price of one more barrier.
+template <int kWidth>
+constexpr bool kReadParts = kCluster > 1 && kCluster * kWidth <= 128;
+
+// Four ranks of a token, summed over this block's warps.
+template <int kWidth>
+CUPY_LORA_DEVICE float4 part_sum(const Exchange& ex, int token, int rank) {
+    return tree_sum<kWarps>([&](int warp) {
+        return *reinterpret_cast<const float4*>(ex.parts + (warp * 8 + token) * (kWidth + 4) + rank);
+    });
+}
+
+// The same, of what the blocks of the cluster sent.
+template <int kWidth>
+CUPY_LORA_DEVICE float4 received(const Exchange& ex, u32 half, int token, int rank) {
+    return tree_sum<kCluster>([&](int block) {
+        return *reinterpret_cast<const float4*>(ex.received + ((half * kCluster + block) * 8 + token) * kWidth + rank);
+    });
+}
+
+// Every quad of the tile by one thread, into `to`; synchronises the block.
+template <int kWidth, class Sum>
+CUPY_LORA_DEVICE void sum_quads(const Exchange& ex, int rows, float* to, const Sum& sum) {
+#pragma unroll
+    for (int first = 0; first < 8 * kWidth / 4; first += kThreads) {
+        const int quad = first + static_cast<int>(threadIdx.x), token = quad / (kWidth / 4), rank = quad % (kWidth / 4) * 4;
+        if (token < rows) *reinterpret_cast<float4*>(to + token * kWidth + rank) = sum(token, rank);
+    }
+    __syncthreads();
 }
 
 // After this block's parts are in shared memory and the block has synchronised: sends their sum to the
@@ -78,9 +121,7 @@ CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
             const int quad = item % kQuads, peer = item / kQuads;
             const int token = quad / (kWidth / 4), rank = quad % (kWidth / 4) * 4;
             if (peer < kCluster && token < rows) {
-                const float4 sum = tree_sum<kWarps>([&](int warp) {
-                    return *reinterpret_cast<const float4*>(ex.parts + (warp * 8 + token) * (kWidth + 4) + rank);
-                });
+                const float4 sum = part_sum<kWidth>(ex, token, rank);
                 const uint4 bits = make_uint4(__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(sum.z),
                                               __float_as_uint(sum.w));
                 ptx::store_async_16(ptx::map_shared(mine + token * kWidth + rank, peer), bits,
@@ -88,43 +129,42 @@ CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
             }
         }
         ptx::mbarrier_wait(barrier, parity);
+        if constexpr (!kReadParts<kWidth>) {
+            sum_quads<kWidth>(ex, rows, ex.whole, [&](int token, int rank) { return received<kWidth>(ex, half, token, rank); });
+        }
     } else {
-        ++ex.uses;
+        sum_quads<kWidth>(ex, rows, ex.whole, [&](int token, int rank) { return part_sum<kWidth>(ex, token, rank); });
     }
 }
 
 // Four ranks of a token of the v just exchanged (not scaled).
 template <int kWidth>
 CUPY_LORA_DEVICE float4 exchanged(const Exchange& ex, int token, int rank) {
-    if constexpr (kCluster > 1) {
-        const float* const half = ex.received + ((ex.uses - 1) & 1) * kCluster * 8 * kWidth;
-        return tree_sum<kCluster>([&](int block) {
-            return *reinterpret_cast<const float4*>(half + (block * 8 + token) * kWidth + rank);
-        });
+    if constexpr (kReadParts<kWidth>) {
+        return received<kWidth>(ex, (ex.uses - 1) & 1, token, rank);
     } else {
-        return tree_sum<kWarps>([&](int warp) {
-            return *reinterpret_cast<const float4*>(ex.parts + (warp * 8 + token) * (kWidth + 4) + rank);
-        });
+        return *reinterpret_cast<const float4*>(ex.whole + token * kWidth + rank);
     }
 }
 
 // This warp's leaves of x times kBlocks * 16 rows of A, into `parts`. `ranks`: rows of A that exist.
-// kBudget: registers for loads in flight. Lean code, with run-time loops over leaves and steps, serves rows that
-// are not aligned, and long rows on a path that must not cost the others their registers.
+// Leaves are taken in batches whose loads are in flight together, kBudget registers of them; what does not
+// fit in one batch is a run-time loop, which keeps the compiler from holding more.
 template <int kBlocks, int kBudget>
 CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const Half* a, int ranks) {
     constexpr int kWidth = 16 * kBlocks;
     constexpr int kMine = kLeaves / (kCluster * kWarps);  // leaves per warp
     constexpr int kSteps = Leaf<kIn>::kSteps;
-    constexpr bool kLean = !kXVectors || !kAVectors || (kBudget < 96 && kMine * kSteps > 8);
-    constexpr int kFit = kBudget / (4 + 8 * kBlocks);  // steps in flight together
-    constexpr int kBatch = kLean || kFit < 1 ? 1 : kMine * kSteps < kFit ? kMine * kSteps : kFit;
+    constexpr int kFit = kXVectors && kAVectors ? kBudget / (4 + 8 * kBlocks) : 1;  // steps in flight together
+    constexpr int kBatch = floor_power(kFit / kSteps < kMine ? kFit / kSteps : kMine);  // leaves; 0: part of one
+    constexpr int kLeavesAt = kBatch > 0 ? kBatch : 1, kStepsAt = kBatch > 0 ? kSteps : ceil_div(kSteps, ceil_div(kSteps, kFit > 0 ? kFit : 1));
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_column = ((blockIdx.x % kCluster) * kWarps + warp) * kMine * Leaf<kIn>::kColumns + 8 * t;
-    const Half* const x_at = x_row + first_column;
-    const Half* const a_at = a + static_cast<i64>(g) * kARow + static_cast<i64>(first_column) * kAColumn;
+    const Half* x_at = x_row + first_column;
+    const Half* a_at = a + static_cast<i64>(g) * kARow + static_cast<i64>(first_column) * kAColumn;
+    int left = kIn - first_column;  // columns from here on
     const auto load = [&](int step, uint4& x, uint4 (&rows)[kBlocks][2]) {
-        const int column = 32 * step, valid = Leaf<kIn>::kExact ? 8 : kIn - first_column - column;
+        const int column = 32 * step, valid = Leaf<kIn>::kExact ? 8 : left - column;
         x = load_columns<kXVectors>(x_at + column, valid);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
@@ -136,41 +176,49 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
             }
         }
     };
+    const auto advance = [&](int steps) {
+        x_at += 32 * steps, a_at += 32 * steps * kAColumn, left -= 32 * steps;
+    };
 
-    Tree<kMine, kBlocks> tree;
-    float sum[kBlocks][1][4];
-    if constexpr (kLean) {
+    Tree<kMine / kLeavesAt, kBlocks> tree;
 #pragma unroll 1
-        for (int leaf = 0; leaf < kMine; ++leaf) {
-            tree.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
+    for (int batch = 0; batch < kMine / kLeavesAt; ++batch) {
+        Tree<kLeavesAt, kBlocks> inner;
+        float sum[kBlocks][1][4];
+        if constexpr (kBatch > 0) {
+            uint4 xs[kLeavesAt * kSteps], as[kLeavesAt * kSteps][kBlocks][2];
+#pragma unroll
+            for (int i = 0; i < kLeavesAt * kSteps; ++i) load(i, xs[i], as[i]);
+#pragma unroll
+            for (int i = 0; i < kLeavesAt * kSteps; ++i) {
+                if (i % kSteps == 0) inner.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], as[i][b][0], as[i][b][1], xs[i]);
+                if (i % kSteps == kSteps - 1) inner.push(i / kSteps, sum);
+            }
+            advance(kLeavesAt * kSteps);
+        } else {
+            inner.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
 #pragma unroll 1
-            for (int step = 0; step < kSteps; ++step) {
-                uint4 x, rows[kBlocks][2];
-                load(leaf * kSteps + step, x, rows);
+            for (int start = 0; start < kSteps; start += kStepsAt) {
+                uint4 xs[kStepsAt], as[kStepsAt][kBlocks][2];
 #pragma unroll
-                for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], rows[b][0], rows[b][1], x);
-            }
-            tree.push_at(leaf, sum);
-        }
-    } else {
-#pragma unroll
-        for (int start = 0; start < kMine * kSteps; start += kBatch) {
-            uint4 xs[kBatch], as[kBatch][kBlocks][2];
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                if (start + i < kMine * kSteps) load(start + i, xs[i], as[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int step = start + i;
-                if (step < kMine * kSteps) {
-                    if (step % kSteps == 0) tree.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
-#pragma unroll
-                    for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], as[i][b][0], as[i][b][1], xs[i]);
-                    if (step % kSteps == kSteps - 1) tree.push(step / kSteps, sum);
+                for (int i = 0; i < kStepsAt; ++i) {
+                    if (start + i < kSteps) load(i, xs[i], as[i]);
                 }
+#pragma unroll
+                for (int i = 0; i < kStepsAt; ++i) {
+                    if (start + i < kSteps) {
+#pragma unroll
+                        for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], as[i][b][0], as[i][b][1], xs[i]);
+                    }
+                }
+                advance(start + kStepsAt < kSteps ? kStepsAt : kSteps - start);
             }
+            inner.push(0, sum);
         }
+        inner.each([&](int b, int m, int e) { sum[b][m][e] = inner.total(b, m, e); });
+        tree.push_at(batch, sum);
     }
     float* const part = ex.parts + warp * 8 * (kWidth + 4);
 #pragma unroll
@@ -213,7 +261,7 @@ struct Expand {
     using Y = Columns<Out, 2 * kRows, kYVectors>;
 
     int column;  // this lane's first column in unit 0 of this warp
-    int rows;
+    bool writes[2];
     Out* y[2];  // rows of tokens 2t and 2t + 1, at `column`
     const Half* b;
 
@@ -221,9 +269,8 @@ struct Expand {
 
     CUPY_LORA_DEVICE void load_y(Y (&into)[2], int unit) const {
         if constexpr (!kAddToY) return;
-        const int t = threadIdx.x % 4;
-        into[0].load(y[0] + unit * kDeal * kUnit, valid(unit));
-        if (2 * t + 1 < rows) into[1].load(y[1] + unit * kDeal * kUnit, valid(unit));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) into[h].load(y[h] + unit * kDeal * kUnit, valid(unit));
     }
 
     // This lane's rows of B in this unit, `ranks` ranks from `first` on.
@@ -249,13 +296,12 @@ struct Expand {
     }
 
     CUPY_LORA_DEVICE void store(const float (&sum)[kRows][4], int unit) const {
-        const int t = threadIdx.x % 4;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             Y out;
 #pragma unroll
             for (int i = 0; i < kRows; ++i) out.set(i, sum[i][h], sum[i][h + 2]);
-            if (2 * t + h < rows) out.store(y[h] + unit * kDeal * kUnit, valid(unit));
+            if (writes[h]) out.store(y[h] + unit * kDeal * kUnit, valid(unit));
         }
     }
 };
@@ -265,76 +311,101 @@ CUPY_LORA_DEVICE E expand_start(const Tile& tile, Out* y, i64 y_stride, const Ha
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     E e;
     e.column = (static_cast<int>(blockIdx.x % kCluster) * kWarps + warp) * E::kUnit + g * 2 * E::kRows;
-    e.rows = tile.rows;
-    e.y[0] = y + tile.row(2 * t) * y_stride + e.column;
-    e.y[1] = y + tile.row(2 * t + 1) * y_stride + e.column;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        e.y[h] = y + tile.row(2 * t + h) * y_stride + e.column;
+        e.writes[h] = tile.writes(2 * t + h);
+    }
     e.b = b + e.column * b_row(rank);
     return e;
 }
 
-// The lane's ranks of the split v: first + kRun * t on, from v_quad(rank) (four floats, rank a multiple of 4).
-template <int kRun, class VQuad>
-CUPY_LORA_DEVICE void split_v(SplitV<Half> (&v)[kRun > 4 ? 2 : 1], int first, const VQuad& v_quad) {
-    const int t = threadIdx.x % 4;
-    if constexpr (kRun == 2) {
-        float4 quad = v_quad(first + 2 * t / 4 * 4);
-        if (t % 2) quad.x = quad.z, quad.y = quad.w;
-        quad.z = quad.w = 0.f;
-        v[0].set(quad);
-    } else if constexpr (kRun == 4) {
-        v[0].set(v_quad(first + 4 * t));
-    } else {
-        v[0].set(v_quad(first + 8 * t));
-        v[1].set(v_quad(first + 8 * t + 4));
-    }
-}
-
-// Ranks whose weights are taken by straight-line code; the others loop over them (expand_any).
+// Ranks and arrays that the staged expand takes; the others loop over global memory (expand_any).
 template <int kRank>
-constexpr bool kStraight = kRank > 0 && kRank <= 64 && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed;
+constexpr bool kStaged = slot_rank(kRank) && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed &&
+                         sizeof(Out) == 2;
 
-// Every unit of this warp, for a rank known at compile time: `request` asks for the first units of B and y,
-// which does not take v; `finish` multiplies.
+// This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
+// `request` asks for the first of them, which does not take v; `finish` multiplies.
 template <int kRank, int N>
-struct ExpandStraight {
-    static constexpr int kRun = rank_run(kRank), kGroups = ceil_div(kRank, 4 * kRun);
-    using E = Expand<N, kRun, b_vector(kRank)>;
-    // Units in flight: as many as fit in about 80 registers.
-    static constexpr int kCost = E::kRows * (kGroups * kRun + 2);
-    static constexpr int kAhead = E::kMine * kCost <= 80 ? E::kMine : (80 / kCost > 0 ? 80 / kCost : 1);
-    E e;
-    typename E::Y y_in[kAhead][2];
-    u32 b_in[kAhead][kGroups][E::kRows][2][kRun / 2];
+struct ExpandStaged {
+    static constexpr int kDeal = kCluster * kWarps, kPairs = N / kDeal >= 64 ? 4 : 2, kUnit = 16 * kPairs;
+    static constexpr int kUnits = ceil_div(N, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
+    static constexpr bool kWhole = N % (kUnit * kDeal) == 0;
+    static constexpr int kAhead = kMine < STAGES ? kMine : STAGES;
+    using S = Slot<kRank, kPairs, kUnit, 8>;
+    static_assert(S::kBytes <= kStageBytes, "the slots are laid out for the widest rank");
+
+    unsigned char* slots;
+    const Half* b_from;
+    const Out* y_from[S::kYChunks / 4];
+    Out* y_to[2];
+    int first;  // column of the slice where this warp's unit 0 starts
+    int rows;
+    bool writes[2];  // tokens 2t and 2t + 1
 
     CUPY_LORA_DEVICE void request_unit(int unit) {
-        const int t = threadIdx.x % 4;
+        const int lane = threadIdx.x % 32, column = first + unit * kDeal * kUnit;
+        unsigned char* const slot = slots + unit % kAhead * kStageBytes;
+        if (unit < kMine) {
+            constexpr int kBChunks = kUnit * kRank / 8;
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-            const int first = 4 * kRun * group + kRun * t;
-            e.load_b(b_in[unit % kAhead][group], unit, first, kRank - first, kRank);
+            for (int j = 0; j < kBChunks / 32; ++j) {
+                const int item = lane + 32 * j, row = item / (kRank / 8);
+                if (kWhole || column + row < N) {
+                    ptx::copy_async_16(slot + S::b_byte(row, item % (kRank / 8)), b_from + unit * kDeal * kUnit * kRank + 256 * j);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < S::kYChunks / 4; ++j) {
+                const int row = (lane + 32 * j) / S::kYChunks, chunk = lane % S::kYChunks;
+                if (kAddToY && row < rows && (kWhole || column + chunk * 8 < N)) {
+                    ptx::copy_async_16(slot + S::y_byte(row, chunk), y_from[j] + unit * kDeal * kUnit);
+                }
+            }
         }
-        e.load_y(y_in[unit % kAhead], unit);
+        ptx::copy_async_commit();
     }
 
-    CUPY_LORA_DEVICE void request(const Tile& tile, Out* y, i64 y_stride, const Half* b) {
-        e = expand_start<E>(tile, y, y_stride, b, kRank);
+    CUPY_LORA_DEVICE void request(unsigned char* stages, const Tile& tile, Out* y, i64 y_stride, const Half* b) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+        slots = stages + warp * STAGES * kStageBytes;
+        rows = tile.rows;
+        first = (static_cast<int>(blockIdx.x % kCluster) * kWarps + warp) * kUnit;
+        b_from = b + static_cast<i64>(first) * kRank + lane * 8;
+#pragma unroll
+        for (int j = 0; j < S::kYChunks / 4; ++j) {
+            y_from[j] = y + tile.row((lane + 32 * j) / S::kYChunks) * y_stride + first + lane % S::kYChunks * 8;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            y_to[h] = y + tile.row(2 * t + h) * y_stride + first + g * 2 * kPairs;
+            writes[h] = tile.writes(2 * t + h);
+        }
 #pragma unroll
         for (int unit = 0; unit < kAhead; ++unit) request_unit(unit);
     }
 
     template <class VQuad>
     CUPY_LORA_DEVICE void finish(const VQuad& v_quad) {
-        SplitV<Half> v[kGroups][kRun > 4 ? 2 : 1];
+        const int g = threadIdx.x % 32 / 4;
+        typename S::V v;
+        S::split(v, v_quad);
+        const typename S::Place place = S::place(g * 2 * kPairs, 0);
+#pragma unroll 1
+        for (int unit = 0; unit < kMine; ++unit) {
+            ptx::copy_async_wait<kAhead - 1>();
+            __syncwarp();
+            typename S::Y y[2];
+            S::multiply(y, slots + unit % kAhead * kStageBytes, place, v);
+            const int shift = unit * kDeal * kUnit;
+            const bool inside = kWhole || first + g * 2 * kPairs + shift < N;
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) split_v<kRun>(v[group], 4 * kRun * group, v_quad);
-#pragma unroll
-        for (int unit = 0; unit < E::kMine; ++unit) {
-            float sum[E::kRows][4];
-            E::start(sum, y_in[unit % kAhead]);
-#pragma unroll
-            for (int group = 0; group < kGroups; ++group) expand_group<kRun>(sum, b_in[unit % kAhead][group], v[group]);
-            if (unit + kAhead < E::kMine) request_unit(unit + kAhead);
-            e.store(sum, unit);
+            for (int h = 0; h < 2; ++h) {
+                if (writes[h] && inside) y[h].store(y_to[h] + shift, 8);
+            }
+            __syncwarp();  // the slot's next unit overwrites it
+            request_unit(unit + kAhead);
         }
     }
 };

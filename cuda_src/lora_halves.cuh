@@ -35,7 +35,7 @@ CUPY_LORA_DEVICE void shrink_tile(Exchange& ex, const Tile& tile, const In* x, i
                                   i64 out_stride, float scale) {
     constexpr int kWidth = chunk_of(kRank);
     const int g = threadIdx.x % 32 / 4, first = static_cast<int>(blockIdx.y) * kWidth;
-    shrink_leaves<kWidth / 16, 96>(ex, x + tile.row(g) * x_stride, a + first * kARow, kRank - first);
+    shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x + tile.row(g) * x_stride, a + first * kARow, kRank - first);
     __syncthreads();
     exchange_parts<kWidth>(ex, tile.rows);
     const int block = static_cast<int>(blockIdx.x) % kCluster;
@@ -66,13 +66,14 @@ CUPY_LORA_DEVICE void shrink_nothing(const Tile& tile, Out* out, i64 out_stride)
     }
 }
 #else
+template <int kOf = kRank>  // a template, so that only the branch taken is compiled
 CUPY_LORA_DEVICE void expand_tile(const Tile& tile, const In* v, i64 v_stride, const Half* b, Out* out, i64 out_stride,
-                                  float scale) {
+                                  float scale, unsigned char* stages) {
     const In* const v_row = v + tile.row(threadIdx.x % 32 / 4) * v_stride;
     const auto v_of = [&](int at) { return to_float(v_row[at]) * scale; };
-    if constexpr (kStraight<kRank>) {
-        ExpandStraight<kRank, kWidths[0]> expand;
-        expand.request(tile, out, out_stride, b);
+    if constexpr (kStaged<kOf>) {
+        ExpandStaged<kOf, kWidths[0]> expand;
+        expand.request(stages, tile, out, out_stride, b);
         expand.finish([&](int at) {
             return make_float4(at < kRank ? v_of(at) : 0.f, at + 1 < kRank ? v_of(at + 1) : 0.f,
                                at + 2 < kRank ? v_of(at + 2) : 0.f, at + 3 < kRank ? v_of(at + 3) : 0.f);

@@ -32,6 +32,9 @@ constexpr CUPY_LORA_DEVICE int rank_run(int rank) { return rank <= 8 ? 2 : rank 
 
 constexpr CUPY_LORA_DEVICE int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
+// The power of two at or below n; 0 for 0.
+constexpr CUPY_LORA_DEVICE int floor_power(int n) { return n <= 1 ? n : 2 * floor_power(n / 2); }
+
 // ---- the tree over leaves ------------------------------------------------------------------------
 CUPY_LORA_DEVICE float4 add4(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
@@ -181,6 +184,23 @@ CUPY_LORA_DEVICE void expand_group(float (&sum)[kPairs][4], const u32 (&b)[kPair
             if constexpr (kRun > 2) even[1] = b[i][0][2 * s + 1], odd[1] = b[i][1][2 * s + 1];
             expand_step(sum[i], even, odd, v[s]);
         }
+    }
+}
+
+// The lane's ranks of the split v: first + kRun * t on, from v_quad(rank) (four floats, rank a multiple of 4).
+template <int kRun, class T, class VQuad>
+CUPY_LORA_DEVICE void split_v(SplitV<T> (&v)[kRun > 4 ? 2 : 1], int first, const VQuad& v_quad) {
+    const int t = threadIdx.x % 4;
+    if constexpr (kRun == 2) {
+        float4 quad = v_quad(first + 2 * t / 4 * 4);
+        if (t % 2) quad.x = quad.z, quad.y = quad.w;
+        quad.z = quad.w = 0.f;
+        v[0].set(quad);
+    } else if constexpr (kRun == 4) {
+        v[0].set(v_quad(first + 4 * t));
+    } else {
+        v[0].set(v_quad(first + 8 * t));
+        v[1].set(v_quad(first + 8 * t + 4));
     }
 }
 

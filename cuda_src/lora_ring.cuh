@@ -10,12 +10,12 @@
 //
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
-//   B     rows of the rank, swizzle_b; y  rows of kColumns, chunk ^ (row & 6)
+//   B, y  Slot of lora_slots.cuh
 // Shared memory of the block: 128 for four mbarriers | received of the direct form | shares and v
 // (clusters) | parts: float [leaf warps][rows][rank + 4] and the slots, or the direct form's parts and v.
 // `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
-// Preconditions: rank 8, 16, 32 or 64; 16-bit y of the weights' type; all rows 16-byte aligned.
+// Preconditions: those of lora_slots.cuh.
 #pragma once
 
 #include "lora_direct.cuh"
@@ -34,24 +34,12 @@ struct RingShape {
     static constexpr int kColumns = kUnit * (kWarps / (kTileRows / 8));
     static constexpr int kLeafChunks = Leaf<kIn>::kColumns / 8;  // 16-byte chunks of a row of a leaf
     static constexpr int kShrinkBytes = kLeafWarps * (kTileRows + kRank) * kLeafChunks * 16;
-    static constexpr int kExpandBytes = kColumns * (kRank + kTileRows) * 2;
+    using Expand = Slot<kRank, kPairs, kColumns, kTileRows>;
+    static constexpr int kExpandBytes = Expand::kBytes;
     static constexpr int kSlotBytes = kShrinkBytes > kExpandBytes ? kShrinkBytes : kExpandBytes;
     static constexpr int kPartBytes = kLeafWarps * kTileRows * (kRows16 + 4) * 4;
     static_assert(kWarps == 8 && kTileRows >= 16 && kTileRows <= 64, "the ring is laid out for 8 warps");
 };
-
-constexpr CUPY_LORA_DEVICE bool ring_rank(int rank) { return rank == 8 || rank == 16 || rank == 32 || rank == 64; }
-
-// Byte of 16-byte chunk `chunk` of row `row` of B in a slot; lane group g reads rows 2 * kPairs * g on.
-template <int kRank, int kPairs>
-CUPY_LORA_DEVICE int swizzle_b(int row, int chunk) {
-    const int group = row / (2 * kPairs);
-    if constexpr (kRank == 64) {
-        return row * 128 + (chunk ^ (group & 1) * 4) * 16;
-    } else {
-        return (row ^ (group & (64 / kRank - 1))) * kRank * 2 + chunk * 16;
-    }
-}
 
 // Of x and A: `row` counts the rows of all leaves of the slot.
 CUPY_LORA_DEVICE int swizzle_leaf(int row, int chunk, int chunks) {
@@ -82,7 +70,7 @@ CUPY_LORA_DEVICE float4 ring_part(const float* parts, int token, int rank) {
 
 constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
     int widest = 16;
-    for (int i = 0; i < kRankCount; ++i) widest = ring_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
+    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
     return widest;
 }
 constexpr int kRingRemoteBytes = kCluster > 1 ? 2 * kTileRows * widest_ring_rank() * 4 : 0;
@@ -144,7 +132,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                                 const Record& w, Out* y) {
     using S = RingShape<kRank>;
     constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;
-    constexpr int kRun = rank_run(kRank), kRankGroups = ceil_div(kRank, 4 * kRun);
+    using E = typename S::Expand;
     constexpr int kAllColumns = ceil_div(N, S::kColumns), kExpandStages = ceil_div(kAllColumns, kCluster);
     constexpr bool kWhole = N % (S::kColumns * kCluster) == 0;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
@@ -171,14 +159,14 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     constexpr int kYChunks = S::kColumns / 8, kYEach = kTileRows * kYChunks / kThreads, kBItems = S::kColumns * kRank / 8;
     static_assert(kTileRows * kYChunks % kThreads == 0, "a stage of y is whole chunks per thread");
     const int y_row = thread / kYChunks, y_chunk = thread % kYChunks;
-    const int y_to = S::kColumns * kRank * 2 + (y_row * kYChunks + (y_chunk ^ (y_row & 6))) * 16;
+    const int y_to = E::y_byte(y_row, y_chunk);
     const Out* y_from[kYEach];
 #pragma unroll
     for (int j = 0; j < kYEach; ++j) {
         y_from[j] = y + tile.row(y_row + j * kThreads / kYChunks) * layer.y_stride + block * S::kColumns + y_chunk * 8;
     }
     const Half* b_from = w.b + static_cast<i64>(block) * S::kColumns * kRank + thread * 8;
-    const int b_row = thread / (kRank / 8), b_to = swizzle_b<kRank, S::kPairs>(b_row, thread % (kRank / 8));
+    const int b_row = thread / (kRank / 8), b_to = E::b_byte(b_row, thread % (kRank / 8));
 
     int stage_in = 0;
     unsigned char* slot_in = ring;
@@ -286,71 +274,34 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     // ---- expand: this warp's 8 tokens, and its unit of each stage's columns
     const int token0 = warp % (kTileRows / 8) * 8, unit = warp / (kTileRows / 8);
     const float scale = w.scale * layer.scale;
-    SplitV<Half> v[kRankGroups][kRun > 4 ? 2 : 1];
-#pragma unroll
-    for (int group = 0; group < kRankGroups; ++group) {
-        split_v<kRun>(v[group], 4 * kRun * group, [&](int rank) {
-            float4 q;
-            if constexpr (kCluster > 1) {
-                q = *reinterpret_cast<const float4*>(rx.v + (token0 + g) * S::kRows16 + rank);
-            } else {
-                q = ring_part<kRank>(parts, token0 + g, rank);
-            }
-            return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
-        });
-    }
+    typename E::V v;
+    E::split(v, [&](int rank) {
+        float4 q;
+        if constexpr (kCluster > 1) {
+            q = *reinterpret_cast<const float4*>(rx.v + (token0 + g) * S::kRows16 + rank);
+        } else {
+            q = ring_part<kRank>(parts, token0 + g, rank);
+        }
+        return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
+    });
     const int my_column = unit * S::kUnit + g * 2 * S::kPairs;  // in a stage
-    const int y_at = S::kColumns * kRank * 2 + my_column % 8 * 2 +
-                     ((token0 + 2 * t) * kYChunks + (my_column / 8 ^ ((token0 + 2 * t) & 6))) * 16;
+    const typename E::Place place = E::place(my_column, token0);
     Out* y_out[2];
+    bool writes[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         y_out[h] = y + tile.row(token0 + 2 * t + h) * layer.y_stride + block * S::kColumns + my_column;
+        writes[h] = tile.writes(token0 + 2 * t + h);
     }
-    // Byte of this lane's ranks of row my_column + i of B: the swizzle changes the low bits of the row.
-    constexpr int kSwap = 64 / kRank;
-    const int swap = my_column / (2 * S::kPairs) & (kSwap - 1);
-    const auto b_at = [&](int group, int i) {
-        const int byte = (4 * kRun * group + kRun * t) * 2;
-        if constexpr (kRank == 64) return swizzle_b<kRank, S::kPairs>(my_column, byte / 16) + i * 128;
-        return (my_column + (i % kSwap ^ swap)) * kRank * 2 + i / kSwap * kSwap * kRank * 2 + byte;
-    };
 #pragma unroll 1
     for (int stage = 0; stage < kExpandStages; ++stage) {
         const unsigned char* const slot = next_stage();
         const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < N;
-        Columns<Out, 2 * S::kPairs, true> y_row[2];
-        float sum[S::kPairs][4];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) y_row[h].load(reinterpret_cast<const Out*>(slot + y_at + h * kYChunks * 16), 8);
-#pragma unroll
-        for (int i = 0; i < S::kPairs; ++i) {
-            y_row[0].get(i, sum[i][0], sum[i][2]);
-            y_row[1].get(i, sum[i][1], sum[i][3]);
-        }
-#pragma unroll
-        for (int group = 0; group < kRankGroups; ++group) {
-            u32 b[S::kPairs][2][kRun / 2];
-#pragma unroll
-            for (int i = 0; i < 2 * S::kPairs; ++i) {
-                const unsigned char* const at = slot + b_at(group, i);
-                if constexpr (kRun == 8) {
-                    const uint4 q = *reinterpret_cast<const uint4*>(at);
-                    b[i / 2][i % 2][0] = q.x, b[i / 2][i % 2][1] = q.y, b[i / 2][i % 2][2] = q.z, b[i / 2][i % 2][3] = q.w;
-                } else if constexpr (kRun == 4) {
-                    const uint2 q = *reinterpret_cast<const uint2*>(at);
-                    b[i / 2][i % 2][0] = q.x, b[i / 2][i % 2][1] = q.y;
-                } else {
-                    b[i / 2][i % 2][0] = *reinterpret_cast<const u32*>(at);
-                }
-            }
-            expand_group<kRun>(sum, b, v[group]);
-        }
+        typename E::Y y_pair[2];
+        E::multiply(y_pair, slot, place, v);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-#pragma unroll
-            for (int i = 0; i < S::kPairs; ++i) y_row[h].set(i, sum[i][h], sum[i][h + 2]);
-            if (token0 + 2 * t + h < tile.rows && inside) y_row[h].store(y_out[h], 8);
+            if (writes[h] && inside) y_pair[h].store(y_out[h], 8);
             y_out[h] += kCluster * S::kColumns;
         }
     }

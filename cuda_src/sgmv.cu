@@ -31,14 +31,14 @@ extern "C" __global__ void
 #if PHASE == 1
 LAYER_CLUSTER
 #endif
-__launch_bounds__(kThreads)
+__launch_bounds__(kThreads, MIN_BLOCKS)
     sgmv(const In* __restrict__ x, const Half* __restrict__ weights, const i64* __restrict__ pointers, Out* out,
          const Start* __restrict__ starts, const Length* __restrict__ lengths, const Index* __restrict__ indices,
          i32 segments, i64 tokens, i32 slots, i64 stride, i64 layer, i64 x_stride, i64 out_stride, float scale) {
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 step = static_cast<i64>(gridDim.x / kCluster) * kTileRows;
-#if PHASE == 1
     CUPY_LORA_SHARED(shared);
+#if PHASE == 1
     Exchange ex = exchange_start(shared);
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
 #endif
@@ -51,7 +51,7 @@ __launch_bounds__(kThreads)
         const bool present = stack.has(slot);
         for (i64 row = start + static_cast<i64>(blockIdx.x / kCluster) * kTileRows; row < end; row += step) {
             const int rows = end - row < kTileRows ? static_cast<int>(end - row) : kTileRows;
-            const Tile tile{0, rows, nullptr, row};
+            const Tile tile{0, rows, nullptr, row, 0};
 #if PHASE == 1
             if (present) {
                 shrink_tile(ex, tile, x, x_stride, stack.at(slot), out, out_stride, scale);
@@ -60,7 +60,7 @@ __launch_bounds__(kThreads)
                 shrink_nothing(tile, out, out_stride);
             }
 #else
-            if (present) expand_tile(tile, x, x_stride, stack.at(slot), out, out_stride, scale);
+            if (present) expand_tile(tile, x, x_stride, stack.at(slot), out, out_stride, scale, shared);
 #endif
         }
     }

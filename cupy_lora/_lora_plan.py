@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
 
 _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16", FLOAT32: "float"}
 _MAX_RANK_SHARED: Final = 1024  # kMaxRank of lora_config.cuh
-_STRAIGHT_RANK: Final = 64  # ranks to here have straight-line code
+_STRAIGHT_RANK: Final = 64  # ranks to here take one exchange
 _CODED_RANKS: Final = 4  # ranks with code of their own in one kernel
-_CODED_RANKS_RING: Final = 2  # in the ring form more of them spill registers
 _VECTOR: Final = 16  # bytes of the widest access
 _MAX_GRID_YZ: Final = 65535
 
@@ -31,23 +31,38 @@ def chunk_of(rank: int) -> int:
     return 16 if rank <= 16 else min(64, math.ceil(rank / 32) * 32)
 
 
-def direct_shared_bytes(config: LoraConfig, chunk: int, *, holds_v: bool) -> int:
-    """Dynamic shared memory of the direct form: the map in lora_direct.cuh."""
-    parts = config.warps * 8 * (chunk + 4) * 4
-    received = 2 * config.cluster * 8 * chunk * 4 if config.cluster > 1 else 0
-    return 128 + parts + received + (8 * (_MAX_RANK_SHARED + 4) * 4 if holds_v else 0)
-
-
-def ring_rank(rank: int) -> bool:
-    """Whether the ring form has code for this rank: ``ring_rank`` of lora_ring.cuh."""
+def staged_rank(rank: int) -> bool:
+    """Whether B is staged in shared memory for this rank: ``slot_rank`` of lora_slots.cuh."""
     return rank in (8, 16, 32, 64)
 
 
-def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], chunk: int, in_features: int) -> int:
+def stage_bytes(ranks: tuple[int, ...]) -> int:
+    """Bytes of one unit of B and y: ``kStageBytes`` of lora_direct.cuh."""
+    return 64 * (max((rank for rank in ranks if staged_rank(rank)), default=0) + 8) * 2
+
+
+def _exchange_bytes(config: LoraConfig, chunk: int) -> tuple[int, int]:
+    """Bytes that other blocks of the cluster write, and the block's own, without v and slots."""
+    received = 2 * config.cluster * 8 * chunk * 4 if config.cluster > 1 else 0
+    return received, config.warps * 8 * (chunk + 4) * 4 + 8 * chunk * 4
+
+
+_V_BYTES: Final = 8 * (_MAX_RANK_SHARED + 4) * 4
+
+
+def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], *, holds_v: bool) -> int:
+    """Dynamic shared memory of the direct form: the map in lora_direct.cuh."""
+    received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
+    slots = config.warps * config.stages * stage_bytes(ranks)
+    return 128 + received + own + max(slots, _V_BYTES if holds_v else 0)
+
+
+def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> int:
     """Dynamic shared memory of the ring form: the map in lora_ring.cuh."""
-    ring = [rank for rank in ranks if ring_rank(rank)]
-    remote = 2 * config.rows * max(16, *ring, 0) * 4 + 2 * config.cluster * 8 * chunk * 4 if config.cluster > 1 else 0
-    local = config.warps * 8 * (chunk + 4) * 4 + 8 * (_MAX_RANK_SHARED + 4) * 4
+    ring = [rank for rank in ranks if staged_rank(rank)]
+    received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
+    remote = received + (2 * config.rows * max(16, *ring, 0) * 4 if config.cluster > 1 else 0)
+    local = own + _V_BYTES
     for rank in ring:
         slot, parts = ring_slot_bytes(config.rows, rank, in_features)
         local = max(local, parts + config.stages * slot)
@@ -66,14 +81,21 @@ def _row_stride(array: Array) -> np.int64:
 
 
 def _defines(config: LoraConfig, **values: int | str) -> Defines:
-    values = {"CLUSTER": config.cluster, "WARPS": config.warps, "TILE_ROWS": config.rows, **values}
+    values = {
+        "CLUSTER": config.cluster,
+        "WARPS": config.warps,
+        "TILE_ROWS": config.rows,
+        "STAGES": max(1, config.stages),
+        "MIN_BLOCKS": config.min_blocks,
+        **values,
+    }
     return tuple(sorted(values.items()))
 
 
-def coded_ranks(ranks: frozenset[int], form: str) -> tuple[int, ...]:
-    """The ranks that get code of their own: those with straight-line code first, the largest of them."""
-    order = sorted(ranks, key=lambda rank: (rank > _STRAIGHT_RANK, rank % 8 != 0, -rank))
-    return tuple(sorted(order[: _CODED_RANKS if form == "direct" else _CODED_RANKS_RING])) or (16,)
+def coded_ranks(ranks: frozenset[int]) -> tuple[int, ...]:
+    """The ranks that get code of their own: those that are staged first, the largest of them."""
+    order = sorted(ranks, key=lambda rank: (not staged_rank(rank), rank > _STRAIGHT_RANK, rank % 8 != 0, -rank))
+    return tuple(sorted(order[:_CODED_RANKS])) or (16,)
 
 
 # ---- bgmv and sgmv -------------------------------------------------------------------------------
@@ -108,7 +130,10 @@ def _half_defines(
 
 
 def _half_kernel(source: str, symbol: str, phase: int, config: LoraConfig, rank: int, defines: Defines) -> Kernel:
-    shared = direct_shared_bytes(config, chunk_of(rank), holds_v=False) if phase == 1 else 0
+    if phase == 1:
+        shared = direct_shared_bytes(replace(config, stages=0), (rank,), holds_v=False)
+    else:
+        shared = config.warps * config.stages * stage_bytes((rank,)) if staged_rank(rank) else 0
     cluster = config.cluster if phase == 1 else 1
     return Kernel(source, symbol, defines, block=32 * config.warps, shared=shared, cluster=cluster)
 
@@ -257,14 +282,14 @@ def add_lora(
         y.dtype,
         weights.in_features,
         widths,
-        coded_ranks(weights.rank_set, config.form),
+        coded_ranks(weights.rank_set),
         _vectors(x, weights.in_features),
         int(all(width % 8 == 0 for width in widths) and _vectors(y, weights.width)),
     )
     bound = batch.tile_bound(config.rows, tokens)
-    tiles_of, counter, capacity = batch.schedule(config.rows)
+    tiles_of, counter, _ = batch.schedule(config.rows)
     grid = (max(1, bound) * config.cluster, len(widths), 1)
-    args = (x, y, weights.table_view, tiles_of, counter, np.int32(capacity), _row_stride(x), _row_stride(y))
+    args = (x, y, weights.table_view, tiles_of, counter, np.int32(tokens), _row_stride(x), _row_stride(y))
     return Launch(kernel, grid, (*args, np.float32(scale)))
 
 
@@ -296,12 +321,10 @@ def _layer_kernel(
         TILES=0,
         ADD=1,
     )
-    chunk = max(16, *map(chunk_of, ranks))
     if config.form == "ring":
-        defines = tuple(sorted((*defines, ("STAGES", config.stages))))
-        shared = ring_shared_bytes(config, ranks, chunk, width_in)
+        shared = ring_shared_bytes(config, ranks, width_in)
     else:
-        shared = direct_shared_bytes(config, chunk, holds_v=True)
+        shared = direct_shared_bytes(config, ranks, holds_v=True)
     return Kernel("lora", "add_lora", defines, block=32 * config.warps, shared=shared, cluster=config.cluster)
 
 

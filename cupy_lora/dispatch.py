@@ -124,14 +124,17 @@ class LoraConfig:
     warps : int
         Warps of a block.
     stages : int
-        Depth of the ring; 0 for the direct form.
+        Slots of the ring; in the direct form, units of B and y that a warp has in flight.
+    min_blocks : int
+        Blocks that must fit a multiprocessor, by their registers.
     """
 
     form: str
     rows: int
     cluster: int
     warps: int
-    stages: int = 0
+    stages: int = 2
+    min_blocks: int = 1
 
 
 def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
@@ -177,29 +180,26 @@ def choose_lora(
         if rows == 16 and tiles[16] * slices > 3 * facts.sm_count and 32 in tiles:
             rows = 32
         if rows and tokens >= 10 * tiles[rows] and tokens >= _RING_TOKENS:
-            return _ring(rank, rows, tiles[rows] * slices, in_features, facts)
-    return _direct(rank, tiles[8] * slices, facts)
+            ring_config = _ring(rank, rows, tiles[rows] * slices, in_features, facts)
+            if ring_config.stages >= 3:
+                return ring_config
+    return _direct(rank, tiles[8] * slices, facts, in_features)
 
 
 _RING_RANKS: Final = (8, 16, 32, 64)
 _RING_TOKENS: Final = 128
 _RING_BYTES: Final = 88 * 1024  # in flight per multiprocessor
+_EXCHANGE_BYTES: Final = 56 * 1024  # the most that a ring kernel needs beside its slots
 
 
 def _ring(rank: int, rows: int, clusters: int, in_features: int, facts: DeviceFacts) -> LoraConfig:
     cluster = 1
     while facts.arch >= 90 and cluster < 8 and clusters * cluster * 2 <= facts.sm_count + facts.sm_count // 4:
         cluster *= 2
-    slot = ring_slot_bytes(rows, rank, in_features)[0]
-    stages = max(3, min(8, 1 + -(-_RING_BYTES // slot), _most_shared(facts) // slot))
+    # Any of the coded ranks may be loaded, and the smaller do not all take smaller slots.
+    slot = max(ring_slot_bytes(rows, r, in_features)[0] for r in _RING_RANKS if r <= rank)
+    stages = max(0, min(8, 1 + -(-_RING_BYTES // slot), (_shared_limit(facts) - _EXCHANGE_BYTES) // slot))
     return LoraConfig("ring", rows, cluster, 8, stages)
-
-
-def _most_shared(facts: DeviceFacts) -> int:
-    """Bytes of shared memory that the slots of the ring may take."""
-    # 99 KB a block on 8.6, 8.9 and 12.0, 163 on 8.0, 227 on 9.0 and 10.0; the rest is for the exchange.
-    limit = {86: 99, 89: 99, 120: 99, 80: 163}.get(facts.arch, 227)
-    return (limit - 47) * 1024
 
 
 def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
@@ -214,12 +214,25 @@ def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     return slot, leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
-def _direct(rank: int, clusters: int, facts: DeviceFacts) -> LoraConfig:
+def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0) -> LoraConfig:
     # Clusters that do not all fit cost a second wave: the fewer tiles, the more blocks share one.
+    light = rank <= 16
+    two = 2 if light and in_features <= _TWO_BLOCKS_IN else 1
+    limit = _shared_limit(facts)
+    small = limit <= 100 * 1024 and not light
+    warps, stages = (4, 1) if small else (8, 2 if light or limit > 200 * 1024 else 1)
     if facts.arch < 90:
-        return LoraConfig("direct", 8, 1, 16 if rank <= 16 else 8)
+        return LoraConfig("direct", 8, 1, warps, stages)
     if clusters * 8 <= 2 * facts.sm_count:
-        return LoraConfig("direct", 8, 8, 4 if rank <= 16 else 8)
-    if clusters * 4 <= 2 * facts.sm_count:
-        return LoraConfig("direct", 8, 4, 8)
-    return LoraConfig("direct", 8, 2, 16 if rank <= 16 else 8)
+        return LoraConfig("direct", 8, 8, 4 if light or small else 8, 2 if light else 1)
+    if clusters * 4 <= (2 if light else 1) * facts.sm_count:
+        return LoraConfig("direct", 8, 4, warps, stages, two)
+    return LoraConfig("direct", 8, 2, warps, stages, two)
+
+
+_TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
+
+
+def _shared_limit(facts: DeviceFacts) -> int:
+    """Bytes of shared memory that a block may have."""
+    return {80: 163, 86: 99, 89: 99, 120: 99}.get(facts.arch, 227) * 1024

@@ -1,0 +1,108 @@
+// Columns of B and y staged in shared memory, and the products of one lane with them: the expand of both forms.
+//
+// A slot holds kColumns columns of a slice: their rows of B, then kTokens rows of y, in 16-byte chunks placed so
+// that a warp's fragment loads have no bank conflicts. Lane (g, t) takes 2 * kPairs neighbouring columns, from
+// 2 * kPairs * g on, of tokens 2t and 2t + 1.
+//
+// Preconditions: rank 8, 16, 32 or 64; y of the weights' 16-bit type; rows 16-byte aligned.
+#pragma once
+
+#include "lora_config.cuh"
+#include "lora_math.cuh"
+
+constexpr CUPY_LORA_DEVICE bool slot_rank(int rank) { return rank == 8 || rank == 16 || rank == 32 || rank == 64; }
+
+template <int kRank, int kPairs, int kColumns, int kTokens>
+struct Slot {
+    static constexpr int kRun = rank_run(kRank), kGroups = ceil_div(kRank, 4 * kRun);
+    static constexpr int kYChunks = kColumns / 8;  // of a row
+    static constexpr int kY = kColumns * kRank * 2;  // byte where y starts
+    static constexpr int kBytes = kY + kTokens * kColumns * 2;
+    static constexpr int kSwap = kRank < 64 ? 64 / kRank : 1;
+    static_assert(kYChunks >= 4 && kPairs >= 2, "a slot holds at least 32 columns");
+
+    // Chunk `chunk` of row `row` of B. Rows of one lane group are 2 * kPairs apart from the next's: a row of 128
+    // bytes is split between the halves, shorter ones trade places within their group.
+    static CUPY_LORA_DEVICE int b_byte(int row, int chunk) {
+        const int group = row / (2 * kPairs);
+        if constexpr (kRank == 64) {
+            return row * 128 + (chunk ^ (group & 1) * 4) * 16;
+        } else {
+            return (row ^ (group & (kSwap - 1) & (2 * kPairs - 1))) * kRank * 2 + chunk * 16;
+        }
+    }
+
+    static CUPY_LORA_DEVICE int y_byte(int row, int chunk) {
+        return kY + (row * kYChunks + (kYChunks >= 8 ? chunk ^ (row & 6) : chunk ^ (row / 2 & 3))) * 16;
+    }
+
+    // This lane's v: of token `row` of the warp's eight, from v_quad(rank).
+    using V = SplitV<Half>[kGroups][kRun > 4 ? 2 : 1];
+
+    template <class VQuad>
+    static CUPY_LORA_DEVICE void split(V& v, const VQuad& v_quad) {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) split_v<kRun>(v[group], 4 * kRun * group, v_quad);
+    }
+
+    // Where this lane reads: `column` its first one in the slot, `token` its warp's first one.
+    struct Place {
+        int b, y, swap;
+    };
+
+    static CUPY_LORA_DEVICE Place place(int column, int token) {
+        const int t = threadIdx.x % 4, byte = kRun * t * 2;
+        Place p;
+        p.swap = column / (2 * kPairs) & (kSwap - 1) & (2 * kPairs - 1);
+        p.b = kRank == 64 ? b_byte(column, byte / 16) : column * kRank * 2 + byte;
+        p.y = y_byte(token + 2 * t, column / 8) + column % 8 * 2;
+        return p;
+    }
+
+    // y of the lane's two tokens (where ADD says so) plus v times B, in `y`.
+    using Y = Columns<Half, 2 * kPairs, true>;
+
+    static CUPY_LORA_DEVICE void multiply(Y (&y)[2], const unsigned char* slot, const Place& p, const V& v) {
+        float sum[kPairs][4];
+        if constexpr (kAddToY) {
+            y[0].load(reinterpret_cast<const Half*>(slot + p.y), 8);
+            y[1].load(reinterpret_cast<const Half*>(slot + p.y + kYChunks * 16), 8);  // 2t and 2t + 1 are swizzled alike
+        }
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+            sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.f;
+            if constexpr (kAddToY) {
+                y[0].get(i, sum[i][0], sum[i][2]);
+                y[1].get(i, sum[i][1], sum[i][3]);
+            }
+        }
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            u32 b[kPairs][2][kRun / 2];
+#pragma unroll
+            for (int i = 0; i < 2 * kPairs; ++i) {
+                const int row = kRank == 64 ? i : (i % kSwap ^ p.swap) + i / kSwap * kSwap;
+                const int at = kRank == 64 ? p.b ^ group * 64 : p.b;
+                read(b[i / 2][i % 2], slot + at + row * kRank * 2);
+            }
+            expand_group<kRun>(sum, b, v[group]);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) y[h].set(i, sum[i][h], sum[i][h + 2]);
+        }
+    }
+
+    static CUPY_LORA_DEVICE void read(u32 (&words)[kRun / 2], const unsigned char* from) {
+        if constexpr (kRun == 8) {
+            const uint4 q = *reinterpret_cast<const uint4*>(from);
+            words[0] = q.x, words[1] = q.y, words[2] = q.z, words[3] = q.w;
+        } else if constexpr (kRun == 4) {
+            const uint2 q = *reinterpret_cast<const uint2*>(from);
+            words[0] = q.x, words[1] = q.y;
+        } else {
+            words[0] = *reinterpret_cast<const u32*>(from);
+        }
+    }
+};
