@@ -121,47 +121,45 @@ def tests_for(name: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted(wanted)]
 
 
-def try_mutant(mutant: Mutant) -> Result:
-    """Run the tests over a copy of the repository with the change in it."""
+def run_tests(folder: Path, tests: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    """The simt tests of these files over the copy of the repository in ``folder``."""
+    changes = {
+        "PYTHONPATH": str(folder),
+        "CUPY_LORA_SIMT_CACHE": str(folder / "builds"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "simt", "-p", "no:cacheprovider", *options, *tests]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **changes},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def try_mutant(snapshot: Path, mutant: Mutant) -> Result:
+    """Run the tests over a copy of the snapshot with the change in it."""
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="cupy_lora_mutant_") as folder:
-        for part in ("cupy_lora", "cuda_src", "tests"):
-            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        target = Path(folder) / "cuda_src" / mutant.file
+    with tempfile.TemporaryDirectory(prefix="cupy_lora_mutant_") as name:
+        folder = Path(name)
+        shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("builds"))
+        target = folder / "cuda_src" / mutant.file
         text = target.read_text()
         target.write_text(text[: mutant.start] + mutant.text + text[mutant.stop :])
-        env = {
-            **os.environ,
-            "PYTHONPATH": folder,
-            "CUPY_LORA_SIMT_CACHE": f"{folder}/builds",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-m",
-            "simt",
-            "-p",
-            "no:cacheprovider",
-            *tests_for(mutant.file),
-        ]
         try:
-            run = subprocess.run(
-                command, cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False
-            )
+            run = run_tests(folder, tests_for(mutant.file))
         except subprocess.TimeoutExpired:
             return Result(mutant, True, "took too long", time.monotonic() - begin)
     seconds = time.monotonic() - begin
     if run.returncode == 0:
         return Result(mutant, False, "", seconds)
-    if run.returncode not in (1, 2):
+    failed = re.search(r"^FAILED (?:tests/)?(\S+)(?: - (.*))?", run.stdout, re.M)
+    if run.returncode != 1 or not failed:
         raise RuntimeError(f"{mutant}: pytest ended with {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)(?: - (.*))?", run.stdout, re.M)
-    return Result(mutant, True, f"{failed[1]}: {failed[2] or ''}"[:110] if failed else run.stdout[-200:], seconds)
+    return Result(mutant, True, f"{failed[1]}: {failed[2] or ''}"[:110], seconds)
 
 
 def choose(files: list[str], sample: int, seed: int) -> list[Mutant]:
@@ -190,8 +188,19 @@ def main() -> int:
         print(len(mutants))
         return 0
     results: list[Result] = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for result in pool.map(try_mutant, mutants):
+    with tempfile.TemporaryDirectory(prefix="cupy_lora_snapshot_") as folder, ThreadPoolExecutor(options.jobs) as pool:
+        # A copy, so that edits during the run do not count as mutants; and it must be green without a change.
+        snapshot = Path(folder)
+        for part in ("cupy_lora", "cuda_src", "tests"):
+            shutil.copytree(ROOT / part, snapshot / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", snapshot)
+        tests = sorted({test for mutant in mutants for test in tests_for(mutant.file)})
+        control = run_tests(snapshot, tests, "-n", str(options.jobs))
+        if control.returncode != 0:
+            print(f"red without any change:\n{control.stdout[-3000:]}{control.stderr[-1000:]}")
+            return 2
+        print(f"green without any change: {control.stdout.strip().splitlines()[-1]}", flush=True)
+        for result in pool.map(lambda mutant: try_mutant(snapshot, mutant), mutants):
             results.append(result)
             mutant = result.mutant
             verdict = "caught" if result.caught else "MISSED"
