@@ -11,6 +11,8 @@ from . import _jit
 from ._arrays import INT32, Array
 from ._lora_checks import integer
 
+RAGGED_TOTAL = 6  # position of the result's length among the arguments of the ragged launch
+
 _BLOCK = 256
 _CHUNK = 8 * _BLOCK  # entries of a row that one block of the ragged kernels copies: PER_THREAD there
 _ITEMS = 4  # items of a row per thread in the other kernels, before they walk

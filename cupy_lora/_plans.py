@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
+
 from . import _env, _jit
 from ._arrays import CPU, Array
 
@@ -35,11 +37,14 @@ class Kept:
             (high - low for low, high in (array.span for array in arrays if array is not None)), default=0
         )
 
-    def launch(self, arrays: Arrays) -> _jit.Launch:
-        """The launch over these arrays."""
+    def launch(self, arrays: Arrays, scalars: dict[int, np.generic] | None = None) -> _jit.Launch:
+        """The launch over these arrays; ``scalars``: arguments (by position) that the key does not cover."""
         args: list[Any] = self.template.copy()
         for position, index in self.places:
             args[position] = arrays[index]
+        if scalars is not None:
+            for position, value in scalars.items():
+                args[position] = value
         return _jit.Launch(self.kernel, self.grid, tuple(args))
 
 

@@ -23,6 +23,7 @@ from ._arrays import (
 )
 from ._device import has_gpu_kernels
 from ._lora_checks import host_copy
+from ._plans import Plans
 
 __all__ = [
     "block_tables_to_padded",
@@ -80,37 +81,47 @@ def block_tables_to_ragged(
     ValueError
         If shapes do not match, a row is shorter than its lengths, or the arrays are on different devices.
     """
-    table = _rows("block_tables", block_tables)
-    new = _vector("input_lengths_tensor", input_lengths_tensor)
-    batch = new.shape[0]
-    cached = _vector("cache_lengths_tensor", cache_lengths_tensor, batch)
-    if table.shape[0] < batch:
-        raise ValueError(f"block_tables: expected at least {batch} rows (one per length), got {table.shape[0]}")
-    device = same_device(block_tables=table, input_lengths_tensor=new, cache_lengths_tensor=cached)
+    table = view("block_tables", block_tables)
+    new, cached = view("input_lengths_tensor", input_lengths_tensor), view("cache_lengths_tensor", cache_lengths_tensor)
+    inputs = (table, new, cached)
+    key = _plans.key(inputs, "ragged", max_current_length)
+    kept = _plans.find(key, inputs)
+    if kept is None:
+        _rows("block_tables", table)
+        batch = _vector("input_lengths_tensor", new).shape[0]
+        _vector("cache_lengths_tensor", cached, batch)
+        _check_table_rows(table, batch)
+        same_device(block_tables=table, input_lengths_tensor=new, cache_lengths_tensor=cached)
+    batch, device = new.shape[0], table.device
     if out is None:
         news = _host_lengths("input_lengths", input_lengths, batch)
         caches = _host_lengths("cache_lengths", cache_lengths, batch)
         _check_lengths(news, caches, table.shape[1])
-        total = sum(news) + sum(caches)
-        out = _empty_like(block_tables, total, device)
+        out = _empty_like(block_tables, sum(news) + sum(caches), device)
         ragged = view("out", out)
     else:
-        ragged = view("out", out)
-        check_dtype("out", ragged, (INT32,))
-        check_shape("out", ragged, ("length",))
-        check_contiguous("out", ragged)
+        ragged = _vector("out", out, dtypes=(INT32,))
         same_device(block_tables=table, out=ragged)
-    if _env.DEBUG.on:
-        lengths = host_copy(new).astype(np.int64) + host_copy(cached)
-        _debug_most("input_lengths_tensor + cache_lengths_tensor", lengths, table.shape[1], "width of block_tables")
-        if int(lengths.sum()) > ragged.shape[0]:
-            raise ValueError(f"out: expected room for {int(lengths.sum())} entries, got {ragged.shape[0]}")
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import metadata
+    arrays = (*inputs, ragged)
+    total = ragged.shape[0]
+    if kept is not None:
+        launch = kept.launch(arrays, {_metadata_plan.RAGGED_TOTAL: np.uint32(total)})
+    else:
+        if _env.DEBUG.on:
+            lengths = host_copy(new).astype(np.int64) + host_copy(cached)
+            _debug_most("input_lengths_tensor + cache_lengths_tensor", lengths, table.shape[1], "width of block_tables")
+            if int(lengths.sum()) > total:
+                raise ValueError(f"out: expected room for {int(lengths.sum())} entries, got {total}")
+        if device == CPU and not _jit.has_host_runner():
+            from .reference import metadata
 
-        metadata.ragged(table.numpy(), new.numpy(), cached.numpy(), ragged.numpy())
-    elif batch and ragged.shape[0]:
+            metadata.ragged(table.numpy(), new.numpy(), cached.numpy(), ragged.numpy())
+            return out
+        if batch == 0:
+            return out
         launch = _metadata_plan.ragged(table, new, cached, ragged, max_current_length)
+        _plans.keep(key, launch, arrays)
+    if total:
         _jit.run(launch, device, stream_for(device, block_tables, input_lengths_tensor))
     return out
 
@@ -160,54 +171,63 @@ def prepare_decode_step(
     ValueError
         If shapes do not match or the arrays are on different devices.
     """
-    table = _rows("block_tables", block_tables)
-    new = _vector("input_lengths", input_lengths)
-    batch = new.shape[0]
-    cached = _vector("cache_lengths", cache_lengths, batch)
-    if table.shape[0] < batch:
-        raise ValueError(f"block_tables: expected at least {batch} rows (one per length), got {table.shape[0]}")
-    slots = _vector("cu_slots", cu_slots, least=batch)
-    positions = _vector("position_ids", position_ids)
-    indices = _vector("slot_indices", slot_indices, positions.shape[0])
-    ragged = _vector("block_tables_ragged", block_tables_ragged)
-    sums = [
-        None if obj is None else _vector(name, obj, batch + 1, dtypes=(INT32,))
-        for name, obj in (("cu_seqlen", cu_seqlen), ("ragged_indptr", ragged_indptr))
-    ]
-    device = same_device(
-        block_tables=table,
-        input_lengths=new,
-        cache_lengths=cached,
-        cu_slots=slots,
-        position_ids=positions,
-        slot_indices=indices,
-        block_tables_ragged=ragged,
-        cu_seqlen=sums[0],
-        ragged_indptr=sums[1],
-    )
-    if _env.DEBUG.on:
-        lengths = host_copy(new).astype(np.int64) + host_copy(cached)
-        _debug_most("input_lengths + cache_lengths", lengths, table.shape[1], "width of block_tables")
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import metadata
+    table, ragged = view("block_tables", block_tables), view("block_tables_ragged", block_tables_ragged)
+    new, cached = view("input_lengths", input_lengths), view("cache_lengths", cache_lengths)
+    slots, positions = view("cu_slots", cu_slots), view("position_ids", position_ids)
+    indices = view("slot_indices", slot_indices)
+    cu = None if cu_seqlen is None else view("cu_seqlen", cu_seqlen)
+    indptr = None if ragged_indptr is None else view("ragged_indptr", ragged_indptr)
+    arrays = (table, new, cached, ragged, slots, positions, indices, cu, indptr)
+    key = _plans.key(arrays, "decode_step", max_current_length)
+    kept = _plans.find(key, arrays)
+    if kept is not None:
+        launch = kept.launch(arrays)
+    else:
+        _rows("block_tables", table)
+        batch = _vector("input_lengths", new).shape[0]
+        _vector("cache_lengths", cached, batch)
+        _check_table_rows(table, batch)
+        _vector("cu_slots", slots, least=batch)
+        _vector("slot_indices", indices, _vector("position_ids", positions).shape[0])
+        _vector("block_tables_ragged", ragged)
+        for name, sums in (("cu_seqlen", cu), ("ragged_indptr", indptr)):
+            if sums is not None:
+                _vector(name, sums, batch + 1, dtypes=(INT32,))
+        device = same_device(
+            block_tables=table,
+            input_lengths=new,
+            cache_lengths=cached,
+            cu_slots=slots,
+            position_ids=positions,
+            slot_indices=indices,
+            block_tables_ragged=ragged,
+            cu_seqlen=cu,
+            ragged_indptr=indptr,
+        )
+        if _env.DEBUG.on:
+            lengths = host_copy(new).astype(np.int64) + host_copy(cached)
+            _debug_most("input_lengths + cache_lengths", lengths, table.shape[1], "width of block_tables")
+        if device == CPU and not _jit.has_host_runner():
+            from .reference import metadata
 
-        metadata.prepare_decode_step(
-            block_tables=table.numpy(),
-            input_lengths=new.numpy(),
-            cache_lengths=cached.numpy(),
-            cu_slots=slots.numpy(),
-            position_ids=positions.numpy(),
-            slot_indices=indices.numpy(),
-            block_tables_ragged=ragged.numpy(),
-            max_current_length=max_current_length,
-            cu_seqlen=None if sums[0] is None else sums[0].numpy(),
-            ragged_indptr=None if sums[1] is None else sums[1].numpy(),
-        )
-    elif batch:
-        launch = _metadata_plan.decode_step(
-            table, new, cached, ragged, slots, positions, indices, sums[0], sums[1], max_current_length
-        )
-        _jit.run(launch, device, stream_for(device, block_tables, input_lengths))
+            metadata.prepare_decode_step(
+                block_tables=table.numpy(),
+                input_lengths=new.numpy(),
+                cache_lengths=cached.numpy(),
+                cu_slots=slots.numpy(),
+                position_ids=positions.numpy(),
+                slot_indices=indices.numpy(),
+                block_tables_ragged=ragged.numpy(),
+                max_current_length=max_current_length,
+                cu_seqlen=None if cu is None else cu.numpy(),
+                ragged_indptr=None if indptr is None else indptr.numpy(),
+            )
+            return
+        if batch == 0:
+            return
+        launch = _metadata_plan.decode_step(*arrays, max_current_length)
+        _plans.keep(key, launch, arrays)
+    _jit.run(launch, table.device, stream_for(table.device, block_tables, input_lengths))
 
 
 def block_tables_to_padded(max_blocks: int, cu_seqlen: Any, block_tables: Any, block_tables_ragged: Any) -> None:
@@ -230,20 +250,30 @@ def block_tables_to_padded(max_blocks: int, cu_seqlen: Any, block_tables: Any, b
     ValueError
         If shapes do not match, or the arrays are on different devices.
     """
-    table = _rows("block_tables", block_tables)
-    cu = _vector("cu_seqlen", cu_seqlen, table.shape[0] + 1)
-    ragged = _vector("block_tables_ragged", block_tables_ragged)
-    device = same_device(block_tables=table, cu_seqlen=cu, block_tables_ragged=ragged)
-    if _env.DEBUG.on:
-        _debug_cumulative("cu_seqlen", cu, ragged.shape[0], table.shape[1])
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import metadata
+    table, cu = view("block_tables", block_tables), view("cu_seqlen", cu_seqlen)
+    ragged = view("block_tables_ragged", block_tables_ragged)
+    arrays = (cu, table, ragged)
+    key = _plans.key(arrays, "padded", max_blocks)
+    kept = _plans.find(key, arrays)
+    if kept is not None:
+        launch = kept.launch(arrays)
+    else:
+        rows = _rows("block_tables", table).shape[0]
+        _vector("cu_seqlen", cu, rows + 1)
+        _vector("block_tables_ragged", ragged)
+        device = same_device(block_tables=table, cu_seqlen=cu, block_tables_ragged=ragged)
+        if _env.DEBUG.on:
+            _debug_cumulative("cu_seqlen", cu, ragged.shape[0], table.shape[1])
+        if device == CPU and not _jit.has_host_runner():
+            from .reference import metadata
 
-        metadata.block_tables_to_padded(max_blocks, cu.numpy(), table.numpy(), ragged.numpy())
-    elif table.shape[0]:
-        _jit.run(
-            _metadata_plan.padded(cu, table, ragged, max_blocks), device, stream_for(device, block_tables, cu_seqlen)
-        )
+            metadata.block_tables_to_padded(max_blocks, cu.numpy(), table.numpy(), ragged.numpy())
+            return
+        if rows == 0:
+            return
+        launch = _metadata_plan.padded(*arrays, max_blocks)
+        _plans.keep(key, launch, arrays)
+    _jit.run(launch, table.device, stream_for(table.device, block_tables, cu_seqlen))
 
 
 def copy_next_input_ids_inplace(
@@ -278,32 +308,41 @@ def copy_next_input_ids_inplace(
     ValueError
         If shapes do not match, or the arrays are on different devices.
     """
-    rows = _rows("all_input_ids", all_input_ids)
-    batch = rows.shape[0]
-    cached = _vector("cache_lengths", cache_lengths, batch)
-    new = _vector("input_lengths", input_lengths, batch)
-    prompts = _vector("prompt_lengths", prompt_lengths, batch)
-    tokens = _vector("next_input_ids", next_input_ids)
-    cu = _vector("cu_accepted_ids", cu_accepted_ids, batch + 1)
-    device = same_device(
-        all_input_ids=rows,
-        cache_lengths=cached,
-        input_lengths=new,
-        prompt_lengths=prompts,
-        next_input_ids=tokens,
-        cu_accepted_ids=cu,
-    )
-    if _env.DEBUG.on:
-        _debug_cumulative("cu_accepted_ids", cu, tokens.shape[0], rows.shape[1])
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import metadata
-
-        metadata.copy_next_input_ids_inplace(
-            max_next_input_ids, *(a.numpy() for a in (rows, cached, new, prompts, tokens, cu))
+    ids, tokens = view("all_input_ids", all_input_ids), view("next_input_ids", next_input_ids)
+    cached, new = view("cache_lengths", cache_lengths), view("input_lengths", input_lengths)
+    prompts, cu = view("prompt_lengths", prompt_lengths), view("cu_accepted_ids", cu_accepted_ids)
+    arrays = (ids, cached, new, prompts, tokens, cu)
+    key = _plans.key(arrays, "copy_next", max_next_input_ids)
+    kept = _plans.find(key, arrays)
+    if kept is not None:
+        launch = kept.launch(arrays)
+    else:
+        batch = _rows("all_input_ids", ids).shape[0]
+        _vector("cache_lengths", cached, batch)
+        _vector("input_lengths", new, batch)
+        _vector("prompt_lengths", prompts, batch)
+        _vector("next_input_ids", tokens)
+        _vector("cu_accepted_ids", cu, batch + 1)
+        device = same_device(
+            all_input_ids=ids,
+            cache_lengths=cached,
+            input_lengths=new,
+            prompt_lengths=prompts,
+            next_input_ids=tokens,
+            cu_accepted_ids=cu,
         )
-    elif batch:
-        launch = _metadata_plan.copy_next_input_ids(rows, cached, new, prompts, tokens, cu, max_next_input_ids)
-        _jit.run(launch, device, stream_for(device, all_input_ids, next_input_ids))
+        if _env.DEBUG.on:
+            _debug_cumulative("cu_accepted_ids", cu, tokens.shape[0], ids.shape[1])
+        if device == CPU and not _jit.has_host_runner():
+            from .reference import metadata
+
+            metadata.copy_next_input_ids_inplace(max_next_input_ids, *(a.numpy() for a in arrays))
+            return
+        if batch == 0:
+            return
+        launch = _metadata_plan.copy_next_input_ids(*arrays, max_next_input_ids)
+        _plans.keep(key, launch, arrays)
+    _jit.run(launch, ids.device, stream_for(ids.device, all_input_ids, next_input_ids))
 
 
 def prepare_position_slot_ids(
@@ -338,26 +377,35 @@ def prepare_position_slot_ids(
     ValueError
         If shapes do not match, or the arrays are on different devices.
     """
-    cached = _vector("cache_lengths", cache_lengths)
-    batch = cached.shape[0]
-    cu = _vector("cu_seqlen", cu_seqlen, batch + 1)
-    slots = _vector("cu_slots", cu_slots, least=batch)
-    positions = _vector("position_ids", position_ids)
-    indices = _vector("slot_indices", slot_indices, positions.shape[0])
-    device = same_device(
-        cache_lengths=cached, cu_seqlen=cu, cu_slots=slots, position_ids=positions, slot_indices=indices
-    )
-    if _env.DEBUG.on:
-        _debug_cumulative("cu_seqlen", cu, positions.shape[0], positions.shape[0])
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import metadata
-
-        metadata.prepare_position_slot_ids(
-            max_input_length, *(a.numpy() for a in (cached, cu, slots, positions, indices))
+    cached, cu = view("cache_lengths", cache_lengths), view("cu_seqlen", cu_seqlen)
+    slots, positions = view("cu_slots", cu_slots), view("position_ids", position_ids)
+    indices = view("slot_indices", slot_indices)
+    arrays = (cached, cu, slots, positions, indices)
+    key = _plans.key(arrays, "position_slot", max_input_length)
+    kept = _plans.find(key, arrays)
+    if kept is not None:
+        launch = kept.launch(arrays)
+    else:
+        batch = _vector("cache_lengths", cached).shape[0]
+        _vector("cu_seqlen", cu, batch + 1)
+        _vector("cu_slots", slots, least=batch)
+        tokens = _vector("position_ids", positions).shape[0]
+        _vector("slot_indices", indices, tokens)
+        device = same_device(
+            cache_lengths=cached, cu_seqlen=cu, cu_slots=slots, position_ids=positions, slot_indices=indices
         )
-    elif batch and positions.shape[0]:
-        launch = _metadata_plan.position_slot_ids(cached, cu, slots, positions, indices, max_input_length)
-        _jit.run(launch, device, stream_for(device, position_ids, cache_lengths))
+        if _env.DEBUG.on:
+            _debug_cumulative("cu_seqlen", cu, tokens, tokens)
+        if device == CPU and not _jit.has_host_runner():
+            from .reference import metadata
+
+            metadata.prepare_position_slot_ids(max_input_length, *(a.numpy() for a in arrays))
+            return
+        if batch == 0 or tokens == 0:
+            return
+        launch = _metadata_plan.position_slot_ids(*arrays, max_input_length)
+        _plans.keep(key, launch, arrays)
+    _jit.run(launch, cached.device, stream_for(cached.device, position_ids, cache_lengths))
 
 
 def slots_filtering(max_slots: int, slots: Any, filtered_slots: Any, cu_slots: Any, slots_start: Any) -> None:
@@ -380,22 +428,36 @@ def slots_filtering(max_slots: int, slots: Any, filtered_slots: Any, cu_slots: A
     ValueError
         If shapes do not match, or the arrays are on different devices.
     """
-    source = _vector("slots", slots)
-    target = _vector("filtered_slots", filtered_slots)
-    starts = _vector("slots_start", slots_start)
-    cu = _vector("cu_slots", cu_slots, starts.shape[0] + 1)
-    device = same_device(slots=source, filtered_slots=target, cu_slots=cu, slots_start=starts)
-    if _env.DEBUG.on:
-        _debug_cumulative("cu_slots", cu, target.shape[0], source.shape[0])
-        counts = np.diff(host_copy(cu).astype(np.int64))
-        _debug_most("slots_start", host_copy(starts).astype(np.int64) + counts, source.shape[0], "length of slots")
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import metadata
+    source, target = view("slots", slots), view("filtered_slots", filtered_slots)
+    cu, starts = view("cu_slots", cu_slots), view("slots_start", slots_start)
+    arrays = (source, target, cu, starts)
+    key = _plans.key(arrays, "slots_filtering", max_slots)
+    kept = _plans.find(key, arrays)
+    if kept is not None:
+        launch = kept.launch(arrays)
+    else:
+        _vector("slots", source)
+        _vector("filtered_slots", target)
+        batch = _vector("slots_start", starts).shape[0]
+        _vector("cu_slots", cu, batch + 1)
+        device = same_device(slots=source, filtered_slots=target, cu_slots=cu, slots_start=starts)
+        if _env.DEBUG.on:
+            _debug_cumulative("cu_slots", cu, target.shape[0], source.shape[0])
+            ends = host_copy(starts).astype(np.int64) + np.diff(host_copy(cu).astype(np.int64))
+            _debug_most("slots_start", ends, source.shape[0], "length of slots")
+        if device == CPU and not _jit.has_host_runner():
+            from .reference import metadata
 
-        metadata.slots_filtering(max_slots, *(a.numpy() for a in (source, target, cu, starts)))
-    elif starts.shape[0]:
-        launch = _metadata_plan.slots_filtering(source, target, cu, starts, max_slots)
-        _jit.run(launch, device, stream_for(device, slots, filtered_slots))
+            metadata.slots_filtering(max_slots, *(a.numpy() for a in arrays))
+            return
+        if batch == 0:
+            return
+        launch = _metadata_plan.slots_filtering(*arrays, max_slots)
+        _plans.keep(key, launch, arrays)
+    _jit.run(launch, source.device, stream_for(source.device, slots, filtered_slots))
+
+
+_plans = Plans()
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -433,6 +495,11 @@ def _rows(name: str, obj: Any) -> Array:
             f"with strides {array.strides} (elements)"
         )
     return array
+
+
+def _check_table_rows(table: Array, batch: int) -> None:
+    if table.shape[0] < batch:
+        raise ValueError(f"block_tables: expected at least {batch} rows (one per length), got {table.shape[0]}")
 
 
 def _host_lengths(name: str, lengths: Any, batch: int) -> Sequence[int]:
