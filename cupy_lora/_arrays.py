@@ -157,13 +157,12 @@ def _from_cupy(obj: Any) -> Array:
 
 
 def _from_torch(name: str, obj: Any, torch: Any) -> Array:
-    dtype = _torch_dtypes(torch).get(obj.dtype)
+    dtype = (_TORCH_DTYPES or _torch_dtypes(torch)).get(obj.dtype)
     if dtype is None:
         raise TypeError(f"{name}: expected a tensor of a float or integer dtype, got {obj.dtype}")
-    kind = obj.device.type
-    if kind == "cuda":
-        return Array(obj.data_ptr(), tuple(obj.shape), obj.stride(), dtype, obj.device.index, obj)
-    if kind != "cpu":
+    if obj.is_cuda:  # and get_device: a fifth of the time that obj.device's attributes take
+        return Array(obj.data_ptr(), tuple(obj.shape), obj.stride(), dtype, obj.get_device(), obj)
+    if obj.device.type != "cpu":
         raise TypeError(f"{name}: expected a tensor on a CUDA device or in host memory, got one on {obj.device}")
     # torch has no bfloat16 bridge to NumPy; its int16 view has one, and shares the memory.
     plain = obj.detach()
