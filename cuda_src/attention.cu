@@ -1,0 +1,213 @@
+// Attention over paged keys and values: batch_decode (MODE 0) and batch_prefill (MODE 1).
+//
+//   out[i, h] = sum_j softmax_j(y[i, h, j]) v[j, h / GROUP]     lse[i, h] = log sum_j exp(y[i, h, j])
+//   y[i, h, j] = sm_scale q[i, h] . k[j, h / GROUP]             or soft_cap tanh(that / soft_cap)
+//
+// over the keys j <= p(i) of the row's sequence (all of them where not causal), of which with a window only those
+// with j > p(i) - window; p(i) = kv_len - qo_len + i is the query's position. With ROPE, q and k are rotated by their
+// positions first. q, out: (tokens, HEADS * GROUP, DIM) with contiguous rows; a page is [layers, 2, HEADS, PAGE, DIM].
+//
+// Products by mma.sync with float32 sums, softmax in float32; weights are rounded to the 16-bit type for their product
+// with the values, rotated queries and keys when they are staged, the output once.
+//
+// Tables in device memory are not trusted (length_of, key_address; rows of the queries): what is out of range is empty.
+// A sequence without keys gives zeros and -inf. The bits of a row depend on its sequence alone.
+//
+// Threads, shared memory: attention_decode.cuh, attention_prefill.cuh over attention_tile.cuh.
+#if MODE == 0
+#include "attention_decode.cuh"
+#else
+#include "attention_prefill.cuh"
+#endif
+
+// Cuts the next piece off the shared memory.
+template <class T>
+CUPY_LORA_DEVICE T* carve(u8*& shared, int count) {
+    T* const piece = reinterpret_cast<T*>(shared);
+    shared += (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+    return piece;
+}
+
+CUPY_LORA_DEVICE Staging carve_staging(u8*& shared) {
+    Staging staging;
+    staging.stages = carve<u8>(shared, STAGES * STAGE_BYTES);
+    staging.addresses = carve<u64>(shared, STAGES * TILE);
+    staging.near = carve<float2>(shared, ROPE ? NEAR * PAIRS : 0);
+    staging.far = carve<float2>(shared, ROPE ? FAR * PAIRS : 0);
+    return staging;
+}
+
+#if MODE == 0
+// cap: sm_scale / soft_cap; scale: what a score (tanh of it) is multiplied with to be an exponent of two.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+    batch_decode(const ELEMENT* q, ELEMENT* out, float* lse, const i64* kv_ptrs, const i32* kv_indptr,
+                 const i32* last_page_offset, float* partial_acc, float* partial_tops, i32* arrived,
+                 const Frequencies frequencies, i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 layer,
+                 i32 window, i32 slots, i32 share, float scale, float cap) {
+    CUPY_LORA_SHARED(memory);
+    u8* shared = memory;
+    u8* const queries = carve<u8>(shared, 16 * ROW_BYTES);
+    const Staging staging = carve_staging(shared);
+    const Exchange exchange = {carve<float>(shared, WARPS * ROWS * PART_ROW), carve<float>(shared, WARPS * 16),
+                               carve<float>(shared, WARPS * 16)};
+    i64* const scratch = carve<i64>(shared, WARPS + 1);
+    Unit* const unit_at = carve<Unit>(shared, 1);
+    i32* const arrived_before = carve<i32>(shared, 1);
+
+    const Work work = {{kv_ptrs, kv_indptr, last_page_offset, num_ptrs}, batch, window, slots, share};
+    const Partials partials = {partial_acc, partial_tops, arrived, slots};
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if constexpr (ROPE) fill_angles(staging.near, NEAR, 0, 1, frequencies);
+    const Schedule schedule(work, scratch);
+
+    for (i64 number = blockIdx.x; number < schedule.units() * UNITS; number += gridDim.x) {
+        schedule.locate(number / UNITS, unit_at);
+        __syncthreads();
+        const Unit unit = *unit_at;
+        const int head = static_cast<int>(number % UNITS) / HEAD_BLOCKS;  // of the keys
+        const int head_block = static_cast<int>(number % UNITS) % HEAD_BLOCKS;
+        const int rows = min(GROUP - head_block * 16, 16);
+        const int first_head = head * GROUP + head_block * 16;
+        const ELEMENT* const query = q + unit.sequence * q_stride + first_head * DIM;
+        stage_queries(queries, 16, [&](int r) { return r < rows ? query + r * DIM : nullptr; });
+        if (ROPE && unit.length > 0) {
+            const i32 position = unit.length - 1;
+            fill_angles(staging.far, 1, position / NEAR * NEAR, NEAR, frequencies);
+            ptx::copy_async_wait<0>();
+            __syncthreads();
+            rotate_rows(queries, rows, staging.near, staging.far, position / NEAR, [&](int) { return position; });
+            __syncthreads();
+        }
+
+        Result result;
+        clear(result);
+        Block<1> block;
+        clear(block);
+        const Keys keys = keys_of(work.cache, unit.sequence, unit.length, layer, head);
+        const i32 oldest = WINDOW && unit.length > window ? unit.length - window : 0;
+        i32 boundary = unit.begin + unit.chunk_tiles;
+        for_each_tile(keys, unit.begin, unit.end, staging, frequencies, [&](int tile, const u8* k, const u8* v) {
+            const i32 at = tile * TILE + warp * 16;
+            if (at < unit.length && at + 16 > oldest) {
+                const bool masked = at + 16 > unit.length || at < oldest;
+                attend<1, HALVES, 16>(block, queries, k + warp * 16 * ROW_BYTES, v + warp * 16 * ROW_BYTES, scale, cap,
+                                      masked, [&](int, int, int key) {
+                                          return at + key < unit.length && at + key >= oldest;
+                                      });
+            }
+            if (tile + 1 == boundary || tile + 1 == unit.end) {
+                Result chunk;
+                clear(chunk);
+                join_warps(block, exchange, scale, chunk);
+                clear(block);
+                if (unit.chunks == 0) {
+                    fold(result, chunk);
+                } else {
+                    store_partial(partials, unit.slot, first_head, rows, chunk);
+                }
+                boundary += unit.chunk_tiles;
+            }
+        });
+        if (unit.chunks != 0) {
+            i32* const counter = arrived + static_cast<i64>(unit.first_slot) * UNITS + number % UNITS;
+            ptx::fence_gpu();
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                *arrived_before = atomicAdd(counter, 1);
+                ptx::fence_gpu();
+            }
+            __syncthreads();
+            if (*arrived_before == unit.chunks - 1) {
+                fold_slots(partials, unit.first_slot, unit.chunks, first_head, rows, result);
+                store_result(out + unit.sequence * out_stride, lse == nullptr ? nullptr : lse + static_cast<i64>(unit.sequence) * (HEADS * GROUP),
+                             first_head, rows, result);
+                if (threadIdx.x == 0) *counter = 0;
+            }
+        } else {
+            store_result(out + unit.sequence * out_stride, lse == nullptr ? nullptr : lse + static_cast<i64>(unit.sequence) * (HEADS * GROUP),
+                         first_head, rows, result);
+        }
+        ptx::copy_async_wait<0>();
+        __syncthreads();  // everyone is done with the unit and with the queries
+    }
+}
+#else
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+    batch_prefill(const ELEMENT* q, ELEMENT* out, float* lse, const i32* qo_indptr, const i64* kv_ptrs,
+                  const i32* kv_indptr, const i32* last_page_offset, const Frequencies frequencies, i64 q_stride,
+                  i64 out_stride, i32 num_ptrs, i32 batch, i32 tokens, i32 layer, i32 window, float scale, float cap) {
+    CUPY_LORA_SHARED(memory);
+    u8* shared = memory;
+    u8* const queries = carve<u8>(shared, ROWS * ROW_BYTES);
+    const Staging staging = carve_staging(shared);
+    i64* const scratch = carve<i64>(shared, WARPS + 1);
+    Unit* const unit_at = carve<Unit>(shared, 1);
+
+    locate(qo_indptr, batch, tokens, blockIdx.x / HEADS, unit_at, scratch);
+    const Unit unit = *unit_at;
+    if (unit.count < 0) return;
+    const int head = static_cast<int>(blockIdx.x % HEADS);
+    const Cache cache = {kv_ptrs, kv_indptr, last_page_offset, num_ptrs};
+    const i32 length = length_of(cache, unit.sequence);
+    const i32 rows = min(static_cast<i64>(ROWS), static_cast<i64>(unit.count) * GROUP - unit.first_row);
+    const i32 shift = length - unit.count;  // position of the sequence's first query
+    const auto position = [&](int row) { return shift + (unit.first_row + row) / GROUP; };
+    // Token and head of a row, as a number of rows of DIM; the token alone where heads do not matter.
+    const auto token = [&](int row) { return static_cast<i64>(unit.start) + (unit.first_row + row) / GROUP; };
+    const auto head_of = [&](int row) { return head * GROUP + (unit.first_row + row) % GROUP; };
+    stage_queries(queries, ROWS, [&](int row) {
+        return row < rows ? q + token(row) * q_stride + head_of(row) * DIM : nullptr;
+    });
+
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    u8* const own = queries + warp * WARP_ROWS * ROW_BYTES;
+    // Keys that the tile's rows, and those of this warp, can see: begin .. end - 1.
+    const auto oldest = [&](int row) { return WINDOW ? max(position(row) - window + 1, 0) : 0; };
+    const auto newest = [&](int row) { return CAUSAL ? min(position(row) + 1, length) : position(row) < 0 ? 0 : length; };
+    const i32 begin = oldest(0) / TILE;
+    const i32 end = max((newest(rows - 1) + TILE - 1) / TILE, begin);
+    if (ROPE && begin < end) {
+        fill_angles(staging.near, NEAR, 0, 1, frequencies);
+        float2* const far = reinterpret_cast<float2*>(staging.stages);
+        const i32 first = max(position(0), 0) / NEAR;
+        const i32 last = max(position(rows - 1), 0) / NEAR;
+        fill_angles(far, last - first + 1, first * NEAR, NEAR, frequencies);
+        ptx::copy_async_wait<0>();
+        __syncthreads();
+        rotate_rows(queries, rows, staging.near, far, first, [&](int row) { return max(position(row), 0); });
+        __syncthreads();
+    }
+    const int warp_first = min(warp * WARP_ROWS, rows - 1);
+    const int warp_last = min(warp * WARP_ROWS + WARP_ROWS, rows) - 1;
+    const bool idle = warp * WARP_ROWS >= rows;
+    const i32 warp_oldest = oldest(warp_first);
+    const i32 warp_newest = idle ? 0 : newest(warp_last);
+    const i32 all_see_from = oldest(max(warp_last, 0));
+    const i32 all_see_to = newest(warp_first);
+
+    Block<BLOCKS> block;
+    clear(block);
+    const Keys keys = keys_of(cache, unit.sequence, length, layer, head);
+    for_each_tile(keys, begin, end, staging, frequencies, [&](int tile, const u8* k, const u8* v) {
+        const i32 at = tile * TILE;
+        if (at >= warp_newest || at + TILE <= warp_oldest) return;
+        const bool masked = at + TILE > all_see_to || at < all_see_from;
+        attend<BLOCKS, 2, TILE>(block, own, k, v, scale, cap, masked, [&](int m, int h, int key) {
+            const int row = warp * WARP_ROWS + m * 16 + 8 * h + lane / 4;
+            return at + key >= oldest(row) && at + key < newest(row);
+        });
+    });
+    ptx::copy_async_wait<0>();
+    __syncthreads();  // without tiles the queries may still be on their way to the rows that the output takes
+    struct Place {
+        ELEMENT* out;
+        i64 lse;
+    };
+    store_rows(block, own, scale, lse, [&](int r) {
+        const int row = warp * WARP_ROWS + r;
+        if (row >= rows) return Place{nullptr, -1};
+        return Place{out + token(row) * out_stride + head_of(row) * DIM, token(row) * (HEADS * GROUP) + head_of(row)};
+    });
+}
+#endif

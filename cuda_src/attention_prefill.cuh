@@ -1,0 +1,86 @@
+// Prefill: many queries a sequence, which are its last positions, over all of its keys.
+//
+// The rows of a sequence and key head are its queries times the GROUP query heads, query by query, cut into tiles of
+// ROWS = 16 * BLOCKS * WARPS; they share the staged keys and values. Tiles of keys that no row of the tile sees are
+// not read, those that no row of a warp sees are not multiplied.
+//
+// Block: one tile of rows of one key head, 16 * BLOCKS rows a warp; the last tiles of each sequence, which see the most
+// keys, come first.
+// Shared memory: queries [ROWS] (then the output), stages, addresses, near, far (attention_tile.cuh); scan
+// [WARPS + 1] int64; the unit.
+#pragma once
+#include "attention_tile.cuh"
+
+constexpr int ROWS = 16 * BLOCKS * WARPS;
+constexpr int WARP_ROWS = 16 * BLOCKS;
+
+static_assert((ceil_div(ROWS, GROUP) / NEAR + 2) * PAIRS * 8 <= STAGES * STAGE_BYTES,
+              "the far table of the queries fits in the stages");
+
+struct Unit {
+    i32 sequence, first_row, start, count;  // start: of the sequence's queries among all; count: how many
+};
+
+// Tile `number` of all sequences, the sequences' tiles in descending order; count is negative past the last.
+CUPY_LORA_DEVICE void locate(const i32* qo_indptr, i32 batch, i32 tokens, i64 number, Unit* unit, i64* scratch) {
+    const i32 each = (batch + THREADS - 1) / THREADS;
+    const i32 begin = min(static_cast<i32>(threadIdx.x) * each, batch);
+    const i32 end = min(begin + each, batch);
+    // Queries of a sequence; none where the table cannot be right.
+    const auto queries = [&](i32 s) {
+        const i32 start = qo_indptr[s];
+        const i32 stop = qo_indptr[s + 1];
+        return start < 0 || stop < start || stop > tokens ? 0 : stop - start;
+    };
+    const auto tiles = [&](i32 s) { return (static_cast<i64>(queries(s)) * GROUP + ROWS - 1) / ROWS; };
+    i64 own = 0, all;
+    for (i32 s = begin; s < end; ++s) own += tiles(s);
+    i64 at = scan(own, scratch, all);
+    number = all - 1 - number;
+    if (threadIdx.x == 0 && number < 0) unit->count = -1;
+    for (i32 s = begin; s < end; ++s) {
+        const i64 count = tiles(s);
+        if (number >= at && number < at + count) {
+            *unit = {s, static_cast<i32>((number - at) * ROWS), qo_indptr[s], queries(s)};
+        }
+        at += count;
+    }
+    __syncthreads();
+}
+
+// The warp's rows to shared memory, then, by 16 bytes where the output allows it, to the output.
+template <class Row>
+CUPY_LORA_DEVICE void store_rows(Block<BLOCKS>& block, u8* rows, float scale, float* lse, Row row) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int r = m * 16 + 8 * h + lane / 4;
+            const float sum = quad_sum(block.sum[m][h]);
+            const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+            u32* const words = reinterpret_cast<u32*>(rows + r * ROW_BYTES) + lane % 4;
+#pragma unroll
+            for (int n = 0; n < DIM / 8; ++n) {
+                words[n * 4] = pack2(block.acc[m][n][2 * h] * inverse, block.acc[m][n][2 * h + 1] * inverse, ELEMENT{});
+            }
+            const i64 index = row(r).lse;
+            if (lse != nullptr && lane % 4 == 0 && index >= 0) {
+                lse[index] = sum > 0.f ? (block.top[m][h] * scale + log2f(sum)) * LN2 : minus_infinity();
+            }
+        }
+    }
+    __syncwarp();
+    for (int e = lane; e < WARP_ROWS * PIECES; e += 32) {
+        const int piece = e % PIECES;
+        ELEMENT* const to = row(e / PIECES).out;
+        if (to == nullptr) continue;
+        const u8* const from = rows + e / PIECES * ROW_BYTES + piece * 16;
+        if constexpr (VECTORS) {
+            reinterpret_cast<uint4*>(to)[piece] = *reinterpret_cast<const uint4*>(from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) to[piece * 8 + i].bits = reinterpret_cast<const u16*>(from)[i];
+        }
+    }
+}

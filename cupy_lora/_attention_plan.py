@@ -1,0 +1,290 @@
+"""From checked arrays to launches: paged attention. Pure but for pointers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from ._arrays import BFLOAT16, FLOAT16, Array
+from ._jit import DeviceFacts, Kernel, Launch
+
+_CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16"}
+_LOG2E: Final = math.log2(math.e)
+_RESERVED: Final = 1024  # bytes of shared memory that the system takes of each block
+_NEAR: Final = 8  # positions of the near table of attention_tile.cuh
+
+CHUNK_MIN: Final = 256  # keys of the smallest chunk of decode
+COUNTERS: Final = 1 << 14  # int32 at the start of a workspace
+SPLIT_LOAD: Final = 1.0  # a sequence is split where it has more keys than this times a block's fair share
+
+
+@functools.cache
+def shared_limits(arch: int) -> tuple[int, int]:
+    """Bytes of shared memory that one block may have, and that a multiprocessor has."""
+    if arch in (80, 87):
+        return 163 << 10, 164 << 10
+    if 90 <= arch < 120:
+        return 227 << 10, 228 << 10
+    return 99 << 10, 100 << 10
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """The shape of a block.
+
+    Attributes
+    ----------
+    warps, tile, stages : int
+        Warps of a block, keys of a tile, tiles in shared memory.
+    blocks : int
+        16-row blocks of queries of each warp (prefill; 1 in decode).
+    resident : int
+        Blocks that a multiprocessor shall hold.
+    """
+
+    warps: int
+    tile: int
+    stages: int
+    blocks: int
+    resident: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled for."""
+
+    dim: int
+    group: int
+    kv_heads: int
+    page_size: int
+    dtype: np.dtype[Any]
+    rope: bool
+    causal: bool
+    window: bool
+    soft_cap: bool
+    vectors: bool
+
+
+def _aligned(*sizes: int) -> int:
+    return sum(-(-size // 16) * 16 for size in sizes)
+
+
+def _tile_bytes(dim: int, rope: bool, warps: int, tile: int, stages: int) -> tuple[int, ...]:
+    """Shared memory of what both kernels have: ``Staging`` and the scan."""
+    tables = (_NEAR * dim * 4, tile // _NEAR * dim * 4) if rope else ()
+    return (stages * 2 * tile * (2 * dim + 16), stages * tile * 8, *tables, (warps + 1) * 8, 32)
+
+
+def _pass_width(dim: int) -> int:
+    return next(width for width in (64, 48, 32, 16) if dim % width == 0)
+
+
+def decode_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) -> int:
+    """Dynamic shared memory of batch_decode: the map in attention_decode.cuh."""
+    rows = min(group, 16)
+    parts = config.warps * rows * (_pass_width(dim) + 8) * 4
+    joined = (parts, config.warps * 64, config.warps * 64, 4)
+    return _aligned(16 * (2 * dim + 16), *_tile_bytes(dim, rope, config.warps, config.tile, config.stages), *joined)
+
+
+def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
+    """Dynamic shared memory of batch_prefill: the map in attention_prefill.cuh."""
+    rows = 16 * config.blocks * config.warps
+    return _aligned(rows * (2 * dim + 16), *_tile_bytes(dim, rope, config.warps, config.tile, config.stages))
+
+
+@functools.cache
+def choose_decode(dim: int, group: int, rope: bool, arch: int) -> TileConfig:
+    """The block of decode: as many bytes under way as fit, two blocks a multiprocessor where they do.
+
+    The number of warps fixes the order of the sums, so it depends on head_dim and the architecture alone.
+    """
+    block_limit, limit = shared_limits(arch)
+    warps = 4 if dim <= 128 else 2
+    if limit < 128 << 10 and dim > 128:
+        warps = 1
+    best: tuple[int, TileConfig] | None = None
+    for resident in (1, 2, 3):
+        for stages in (2, 3, 4):
+            config = TileConfig(warps, 16 * warps, stages, 1, resident)
+            size = decode_shared_bytes(dim, group, rope, config)
+            if size > block_limit or resident * (size + _RESERVED) > limit:
+                continue
+            ahead = resident * (stages - 1) * config.tile
+            if best is None or (min(resident, 2), ahead) >= (min(best[1].resident, 2), best[0]):
+                best = ahead, config
+    if best is None:
+        raise ValueError(f"head_dim: expected one whose tiles fit in shared memory, got {dim}")
+    return best[1]
+
+
+@functools.cache
+def choose_prefill(dim: int, rope: bool, arch: int) -> TileConfig:
+    """The block of prefill: 32 rows a warp where the accumulators fit in registers, the largest tile of keys."""
+    block_limit, limit = shared_limits(arch)
+    blocks = 2 if dim <= 128 else 1
+    for resident in (2, 1):
+        for tile in (64, 32, 16):
+            if tile * dim > 64 * 128 or (tile == 16 and resident == 2):
+                continue
+            config = TileConfig(4, tile, 2, blocks, resident)
+            size = prefill_shared_bytes(dim, rope, config)
+            if size <= block_limit and resident * (size + _RESERVED) <= limit:
+                return config
+    raise ValueError(f"head_dim: expected one whose tiles fit in shared memory, got {dim}")
+
+
+def _defines(shape: Shape, config: TileConfig) -> tuple[tuple[str, int | str], ...]:
+    values: dict[str, int | str] = {
+        "ELEMENT": _CTYPES[shape.dtype],
+        "DIM": shape.dim,
+        "HEADS": shape.kv_heads,
+        "GROUP": shape.group,
+        "PAGE": shape.page_size,
+        "WARPS": config.warps,
+        "TILE": config.tile,
+        "STAGES": config.stages,
+        "RESIDENT": config.resident,
+        "ROPE": int(shape.rope),
+        "SOFT_CAP": int(shape.soft_cap),
+        "WINDOW": int(shape.window),
+        "VECTORS": int(shape.vectors),
+    }
+    return tuple(values.items())
+
+
+@functools.cache
+def decode_kernel(shape: Shape, arch: int) -> tuple[Kernel, TileConfig]:
+    """The specialisation of batch_decode."""
+    config = choose_decode(shape.dim, shape.group, shape.rope, arch)
+    units = shape.kv_heads * math.ceil(shape.group / 16)
+    own = (("MODE", 0), ("CHUNK_MIN", CHUNK_MIN), ("CHUNK_SPREAD", 8 * units))
+    shared = decode_shared_bytes(shape.dim, shape.group, shape.rope, config)
+    kernel = Kernel("attention", "batch_decode", (*own, *_defines(shape, config)), 32 * config.warps, shared)
+    return kernel, config
+
+
+@functools.cache
+def prefill_kernel(shape: Shape, arch: int) -> tuple[Kernel, TileConfig]:
+    """The specialisation of batch_prefill."""
+    config = choose_prefill(shape.dim, shape.rope, arch)
+    own = (("MODE", 1), ("BLOCKS", config.blocks), ("CAUSAL", int(shape.causal)))
+    shared = prefill_shared_bytes(shape.dim, shape.rope, config)
+    kernel = Kernel("attention", "batch_prefill", (*own, *_defines(shape, config)), 32 * config.warps, shared)
+    return kernel, config
+
+
+@functools.lru_cache(maxsize=64)
+def frequencies(dim: int, theta: float, scale: float) -> np.ndarray:
+    """Turns per position of each rotated pair: the struct ``Frequencies``."""
+    turns = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim) / (2 * math.pi * scale)
+    by_value = np.zeros(1, np.dtype([("turns", np.float64, (dim // 2,))]))
+    by_value["turns"][0] = turns
+    return by_value
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The scalars of a call, checked."""
+
+    sm_scale: float
+    soft_cap: float | None
+    window: int | None
+    rope_theta: float
+    rope_scale: float
+
+
+def _scales(numbers: Numbers) -> tuple[np.float32, np.float32]:
+    """``scale`` and ``cap`` of the kernels."""
+    if numbers.soft_cap is None:
+        return np.float32(numbers.sm_scale * _LOG2E), np.float32(0)
+    return np.float32(numbers.soft_cap * _LOG2E), np.float32(numbers.sm_scale / numbers.soft_cap)
+
+
+def _row_stride(array: Array) -> np.int64:
+    return np.int64(array.strides[0] if array.shape[0] > 1 else array.shape[1] * array.shape[2])
+
+
+def shape_of(q: Array, out: Array, kv_heads: int, page_size: int, rope: bool, causal: bool, numbers: Numbers) -> Shape:
+    """What the kernel depends on."""
+    vectors = all(array.aligned(16) and (array.shape[0] < 2 or array.strides[0] % 8 == 0) for array in (q, out))
+    _, heads, dim = q.shape
+    window, soft_cap = numbers.window is not None, numbers.soft_cap is not None
+    return Shape(dim, heads // kv_heads, kv_heads, page_size, q.dtype, rope, causal, window, soft_cap, vectors)
+
+
+def partial_slots(nbytes: int, heads: int, kv_heads: int, dim: int) -> int:
+    """Chunks whose partial results a workspace holds."""
+    units = kv_heads * math.ceil(heads // kv_heads / 16)
+    return max(min((nbytes - 4 * COUNTERS) // (heads * (dim + 2) * 4), COUNTERS // units), 0)
+
+
+def decode(
+    q: Array,
+    out: Array,
+    lse: Array | None,
+    tables: tuple[Array, Array, Array],
+    workspace: Array,
+    shape: Shape,
+    layer_idx: int,
+    numbers: Numbers,
+    facts: DeviceFacts,
+) -> Launch:
+    """Launch of ``batch_decode``; ``workspace`` is bytes."""
+    kernel, config = decode_kernel(shape, facts.arch)
+    batch, heads, dim = q.shape
+    units = shape.kv_heads * math.ceil(shape.group / 16)
+    slots = partial_slots(workspace.nbytes, heads, shape.kv_heads, dim)
+    at_once = config.resident * facts.sm_count
+    # More blocks than there can be units only look at the tables; fewer than units take turns.
+    most = batch + tables[0].shape[0] * shape.page_size // CHUNK_MIN
+    grid = max(1, min(at_once, units * most))
+    tops = workspace.ptr + 4 * COUNTERS
+    acc = tops + -(-slots * heads * 8 // 16) * 16
+    f32 = np.dtype(np.float32)
+    parts = [
+        Array(pointer, (count,), (1,), dtype, workspace.device, workspace.obj)
+        for pointer, count, dtype in (
+            (acc, slots * heads * dim, f32),
+            (tops, slots * heads * 2, f32),
+            (workspace.ptr, min(COUNTERS, workspace.nbytes // 4), np.dtype(np.int32)),
+        )
+    ]
+    args = (
+        *(q, out, lse, *tables, *parts, frequencies(dim, numbers.rope_theta, numbers.rope_scale)),
+        *(_row_stride(q), _row_stride(out)),
+        *(np.int32(n) for n in (tables[0].shape[0], batch, layer_idx, min(numbers.window or 0, 2**31 - 1), slots)),
+        np.int32(max(1, round(at_once / SPLIT_LOAD))),
+        *_scales(numbers),
+    )
+    return Launch(kernel, (grid, 1, 1), args)
+
+
+def prefill(
+    q: Array,
+    out: Array,
+    lse: Array | None,
+    qo_indptr: Array,
+    tables: tuple[Array, Array, Array],
+    shape: Shape,
+    layer_idx: int,
+    numbers: Numbers,
+    facts: DeviceFacts,
+) -> Launch:
+    """Launch of ``batch_prefill``."""
+    kernel, config = prefill_kernel(shape, facts.arch)
+    tokens, _, dim = q.shape
+    batch = qo_indptr.shape[0] - 1
+    rows = 16 * config.blocks * config.warps
+    tiles = tokens * shape.group // rows + min(batch, tokens)  # at most: one begun tile a sequence
+    args = (
+        *(q, out, lse, qo_indptr, *tables, frequencies(dim, numbers.rope_theta, numbers.rope_scale)),
+        *(_row_stride(q), _row_stride(out)),
+        *(np.int32(n) for n in (tables[0].shape[0], batch, tokens, layer_idx, min(numbers.window or 0, 2**31 - 1))),
+        *_scales(numbers),
+    )
+    return Launch(kernel, (tiles * shape.kv_heads, 1, 1), args)
