@@ -2,23 +2,26 @@
 //
 //   in    a slot per token (SEGMENTS=0), or segments of tokens with a slot each (SEGMENTS=1)
 //   out   for each height M of HEIGHTS: tile_count, and tiles of 8 + M ints
-//         [slot, rows, 0 x 6, M row numbers (padded with the last row of the slot)]
+//         [slot, rows, 6 unused, row numbers (those past `rows` are not written)]
 //
 // Tiles are ordered by slot, rows within a slot by number: the same input gives the same lists. Tokens
 // whose slot is not in [0, slots) are in no tile.
 //
-// Grid: one block for each 256 tokens, no block waits for another: each counts the tokens of every slot
-// in the whole batch (32 KB of indices at 8192 tokens, from L2) and then places its own 256.
-//   1. count[slot], before[slot] (of tokens ahead of this block's), warp-aggregated shared atomics
+// Grid: one block of THREADS for each 256 tokens, no block waits for another: each counts the tokens of every
+// slot in the whole batch (32 KB of indices at 8192 tokens, from L2) and then places its own 256.
+//   1. count[slot], before[slot] (of tokens ahead of this block's), shared atomics by one: the hardware adds
+//      those of a warp that meet in one slot at once
 //   2. base[h][slot]: tiles of lower slots, a block-wide scan for all heights at once
 //   3. a token's place in its slot: before + the tokens of this block ahead of it
 //
-// Shared memory (ints): mine [256] | scan [heights][8] | count [slots] | before [slots] | base [heights][slots]
+// Shared memory (ints): mine [256] | scan [heights][32] | count [slots] | before [slots] | base [heights][slots]
 #include "common.cuh"
 
 __device__ constexpr int kHeights[] = {HEIGHTS};
 constexpr int kHeightCount = sizeof(kHeights) / sizeof(int);
-constexpr int kThreads = 256;
+constexpr int kThreads = THREADS;
+constexpr int kPlaced = 256;  // tokens of a block
+constexpr int kInFlight = 8;  // indices that a thread reads at once
 
 #if INDEX_64
 using Index = i64;
@@ -36,15 +39,6 @@ struct Lists {
     i32* tiles[kHeightCount];
     i32 capacity[kHeightCount];
 };
-
-// Adds `amount` to counter[slot] once per distinct slot of the warp: a popular slot costs no more than others.
-CUPY_LORA_DEVICE void count_slot(int* counter, int slot, bool counted) {
-    const u32 active = __ballot_sync(0xffffffffu, counted);
-    const u32 peers = __match_any_sync(0xffffffffu, counted ? slot : -1);
-    if (counted && static_cast<int>(threadIdx.x % 32) == __ffs(peers & active) - 1) {
-        atomicAdd(counter + slot, __popc(peers & active));
-    }
-}
 
 // Segment of a token: the last one that starts at or before it.
 CUPY_LORA_DEVICE int segment_of(const Pointer* starts, int segments, i64 token) {
@@ -70,11 +64,7 @@ CUPY_LORA_DEVICE void put(const Lists& lists, const int* base, int slot, int pla
     record[8 + at] = token;
     if (at == 0) {
         const int rows = total - place < kRows ? total - place : kRows;
-        *reinterpret_cast<int4*>(record) = make_int4(slot, rows, 0, 0);
-        *reinterpret_cast<int4*>(record + 4) = make_int4(0, 0, 0, 0);
-    }
-    if (place == total - 1) {
-        for (int i = at + 1; i < kRows; ++i) record[8 + i] = token;
+        *reinterpret_cast<int2*>(record) = make_int2(slot, rows);
     }
 }
 
@@ -99,12 +89,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 Lists lists, i32* __restrict__ tile_count) {
     CUPY_LORA_SHARED(shared);
     int* const mine = reinterpret_cast<int*>(shared);
-    int* const scan = mine + kThreads;
-    int* const count = scan + kHeightCount * 8;
+    int* const scan = mine + kPlaced;
+    int* const count = scan + kHeightCount * 32;
     int* const before = count + slots;
     int* const base = before + slots;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const int first = static_cast<int>(blockIdx.x) * kThreads;
+    const int first = static_cast<int>(blockIdx.x) * kPlaced;
+    const bool places = thread < kPlaced && first + thread < tokens;  // has a token of its own
     for (int s = thread; s < 2 * slots; s += kThreads) count[s] = 0;
     __syncthreads();
 
@@ -120,22 +111,34 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             if (start < first) atomicAdd(before + adapter, static_cast<int>((stop < first ? stop : first) - start));
         }
     }
-    if (first + thread < tokens && segments > 0) {
+    if (places && segments > 0) {
         const i64 token = first + thread;
         const int s = segment_of(indptr, segments, token);
         const i64 adapter = slot_of[s];
         if (indptr[s] <= token && token < indptr[s + 1] && adapter >= 0 && adapter < slots) slot = static_cast<int>(adapter);
     }
 #else
-    for (int start = 0; start < tokens; start += kThreads) {
-        const i64 adapter = start + thread < tokens ? static_cast<i64>(slot_of[start + thread]) : -1;
-        const bool counted = adapter >= 0 && adapter < slots;
-        if (start == first) slot = counted ? static_cast<int>(adapter) : -1;
-        count_slot(count, static_cast<int>(adapter), counted);
-        if (start < first) count_slot(before, static_cast<int>(adapter), counted);
+    if (places) {
+        const i64 adapter = slot_of[first + thread];
+        if (adapter >= 0 && adapter < slots) slot = static_cast<int>(adapter);
+    }
+    for (int start = thread; start < tokens; start += kInFlight * kThreads) {
+        i64 adapter[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            const int token = start + i * kThreads;
+            adapter[i] = token < tokens ? static_cast<i64>(slot_of[token]) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            if (adapter[i] >= 0 && adapter[i] < slots) {
+                atomicAdd(count + adapter[i], 1);
+                if (start + i * kThreads < first) atomicAdd(before + adapter[i], 1);
+            }
+        }
     }
 #endif
-    mine[thread] = slot;
+    if (thread < kPlaced) mine[thread] = slot;
     __syncthreads();
 
     // 2. tiles of lower slots: each thread sums a run of slots, the runs are scanned over the block
@@ -153,14 +156,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             const int lower = __shfl_up_sync(0xffffffffu, upto[h], step);
             if (lane >= step) upto[h] += lower;
         }
-        if (lane == 31) scan[h * 8 + warp] = upto[h];
+        if (lane == 31) scan[h * 32 + warp] = upto[h];
     }
     __syncthreads();
     int next[kHeightCount];
 #pragma unroll
     for (int h = 0; h < kHeightCount; ++h) {
         next[h] = upto[h] - own[h];
-        for (int w = 0; w < warp; ++w) next[h] += scan[h * 8 + w];
+        for (int w = 0; w < warp; ++w) next[h] += scan[h * 32 + w];
         if (blockIdx.x == 0 && thread == kThreads - 1) tile_count[h] = next[h] + own[h];
     }
     for (int s = run_first; s < run_end; ++s) {

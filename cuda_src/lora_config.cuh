@@ -87,15 +87,16 @@ struct __align__(16) Record {
 struct Tile {
     int slot;
     int rows;
-    const i32* list;  // padded to kTileRows with a row of the tile; null: first, first + 1, ...
+    const i32* list;  // of `rows` row numbers, kTileRows of them readable; null: first, first + 1, ...
     i64 first;
     i32 tokens;  // of a list: rows from here on are not the caller's (a graph may be replayed with another batch)
 
     // Row `i` of the tile; past its end, some row that is safe to read.
     CUPY_LORA_DEVICE i64 row(int i) const {
         if (!list) return first + (i < rows ? i : rows - 1);
-        const int listed = list[i];
-        return listed < tokens ? listed : 0;
+        const int listed = list[i], safe = list[0];  // both at once: no load waits for `rows`
+        const int chosen = i < rows ? listed : safe;
+        return chosen < tokens ? chosen : 0;
     }
     CUPY_LORA_DEVICE bool writes(int i) const { return i < rows && (!list || list[i] < tokens); }
 };

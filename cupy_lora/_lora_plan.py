@@ -23,6 +23,9 @@ _CODED_RANKS: Final = 4  # ranks with code of their own in one kernel
 _VECTOR: Final = 16  # bytes of the widest access
 _MAX_GRID_YZ: Final = 65535
 
+_PLACED: Final = 256  # tokens that a block of build_tiles places
+_FEW_TOKENS: Final = 2048  # up to here 256 threads read all indices at once
+
 Defines = tuple[tuple[str, int | str], ...]
 
 
@@ -353,8 +356,9 @@ def _build(slots: Array, indptr: Array | None, batch: LoraBatch) -> Launch:
         ("INDEX_64", int(slots.dtype == INT64)),
         ("POINTER_64", int(indptr is not None and indptr.dtype == INT64)),
     )
-    shared = 4 * (256 + 8 * len(heights) + (2 + len(heights)) * batch.max_adapters)
-    kernel = Kernel("lora_batch", "build_tiles", defines, block=256, shared=shared)
+    shared = 4 * (_PLACED + 32 * len(heights) + (2 + len(heights)) * batch.max_adapters)
+    threads = 256 if tokens <= _FEW_TOKENS else 1024
+    kernel = Kernel("lora_batch", "build_tiles", (*defines, ("THREADS", threads)), block=threads, shared=shared)
     lists = np.zeros(
         1, np.dtype([("tiles", np.int64, (len(heights),)), ("capacity", np.int32, (len(heights),))], align=True)
     )
@@ -364,7 +368,7 @@ def _build(slots: Array, indptr: Array | None, batch: LoraBatch) -> Launch:
         lists["capacity"][0, i] = capacity
     count = np.int32(slots.shape[0] if segments else 0)
     args = (slots, indptr, count, np.int32(tokens), np.int32(batch.max_adapters), lists, batch.counter_view)
-    return Launch(kernel, (max(1, math.ceil(tokens / 256)), 1, 1), args)
+    return Launch(kernel, (max(1, math.ceil(tokens / _PLACED)), 1, 1), args)
 
 
 def build_tiles(indices: Array, batch: LoraBatch) -> Launch:

@@ -52,8 +52,8 @@ class LoraBatch:
         Slot of each row, -1: none. Kept for the CPU path and the loop path
         (``DISABLE_SGMV=1``); where kernels run they use the tiles alone.
     tiles : dict of int to (capacity, 8 + height) array, int32
-        By tile height: slot, rows in the tile, six spare words, then the row numbers,
-        filled up with a valid row. Built on the device.
+        By tile height: slot, rows in the tile, six spare words, then the row numbers;
+        what is past those is not written. Built on the device.
     counters : (8,) array, int32
         Number of tiles of each height, in the order of the heights.
 
