@@ -182,7 +182,7 @@ FAULTS = {
     "stale shared memory": Fault(
         "norm.cu", (("            kept[me + k * THREADS] = v.quad;\n", ""),), lambda: rms_norm(1, 40000), "."
     ),
-    "stale counters": Fault("lora_batch.cu", (("count[s] = 0;", ";"),), lambda: schedule(300), "."),
+    "stale counters": Fault("lora_batch.cuh", (("count[s] = 0;", ";"),), lambda: schedule(300), "."),
     "misaligned access": Fault(
         "norm.cu",
         (("load_whole<ACCESS>(row + index * PER_VEC)", "load_whole<ACCESS>(row + index * PER_VEC + 1)"),),
