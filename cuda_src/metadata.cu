@@ -2,7 +2,8 @@
 //
 //   block_tables_to_ragged      ragged[offset[b] + i] = table[b][i], i < length[b] = input[b] + cache[b],
 //                               offset = exclusive cumulative sum of length
-//   decode_step                 the same, and what prepare_position_slot_ids writes, and both cumulative sums
+//   decode_step                 the same, and what prepare_position_slot_ids writes, and both cumulative sums;
+//                               with SCHEDULE its first blocks build the token-to-adapter schedule
 //   block_tables_to_padded      table[b][i] = ragged[cu[b] + i],               i < cu[b + 1] - cu[b]
 //   copy_next_input_ids         all_ids[b][c] = next_ids[cu[b] + i],           c = cache[b] + input[b] + i >= prompt[b]
 //   prepare_position_slot_ids   position[cu[b] + i] = cache[b] + i, slot_index[cu[b] + i] = cu_slots[b] + cache[b] + i
@@ -16,11 +17,15 @@
 // The others: LANES threads a row, BLOCK / LANES rows a block, `chunks` blocks a group of rows; a
 // row longer than the grid was sized for is walked over.
 //
-// Shared memory: 64 u32 (ragged kernels: sums of the warps), none otherwise.
+// Shared memory: 64 u32 (ragged kernels: sums of the warps), none otherwise; what lora_batch.cuh says in
+// the blocks of a schedule.
 //
 // Values in device memory are not trusted: nothing outside of the arrays, whose sizes are passed, is
 // read or written.
 #include "common.cuh"
+#if SCHEDULE
+#include "lora_batch.cuh"
+#endif
 
 constexpr int PER_THREAD = 8;              // entries of the table a thread has in flight
 constexpr int CHUNK = BLOCK * PER_THREAD;  // entries of a block
@@ -110,10 +115,24 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                 const CACHE_LENGTH* __restrict__ cache, RAGGED* __restrict__ ragged, u32 total, i32 chunks,
                 const CU_SLOTS* __restrict__ cu_slots, POSITION* __restrict__ position_ids,
                 SLOT_INDEX* __restrict__ slot_indices, u32 tokens, i32* __restrict__ cu_seqlen,
-                i32* __restrict__ ragged_indptr) {
+                i32* __restrict__ ragged_indptr
+#if SCHEDULE
+                , i32 schedule_blocks, const Index* __restrict__ slot_of, const Pointer* __restrict__ indptr,
+                i32 segments, i32 rows_of_batch, i32 slots, Lists lists, i32* __restrict__ tile_count
+#endif
+    ) {
     CUPY_LORA_SHARED(shared);
-    const int row = static_cast<int>(blockIdx.x) / chunks;
-    const int chunk = static_cast<int>(blockIdx.x) % chunks;
+    int block = static_cast<int>(blockIdx.x);
+#if SCHEDULE
+    static_assert(kThreads == BLOCK, "one block size for both");
+    if (block < schedule_blocks) {
+        build_tiles_block(shared, block, slot_of, indptr, segments, rows_of_batch, slots, lists, tile_count);
+        return;
+    }
+    block -= schedule_blocks;
+#endif
+    const int row = block / chunks;
+    const int chunk = block % chunks;
     const i64 cached = cache[row];
     const i64 slot = cu_slots[row];
     const u32 n = at_least_0(input[row]);

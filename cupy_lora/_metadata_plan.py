@@ -14,7 +14,7 @@ from ._lora_checks import integer
 RAGGED_TOTAL = 6  # position of the result's length among the arguments of the ragged launch
 
 _BLOCK = 256
-_CHUNK = 8 * _BLOCK  # entries of a row that one block of the ragged kernels copies: PER_THREAD there
+_PER_THREAD = 8  # entries of a row that a thread of the ragged kernels copies: PER_THREAD there
 _ITEMS = 4  # items of a row per thread in the other kernels, before they walk
 _ROLES = {
     "INPUT_LENGTH": "i32",
@@ -35,11 +35,21 @@ _ROLES = {
 
 
 @functools.cache
-def metadata_kernel(symbol: str, lanes: int, roles: tuple[tuple[str, np.dtype[Any]], ...]) -> _jit.Kernel:
-    """One kernel for the integer types of its arrays; ``lanes`` threads share a row (0: the ragged kernels)."""
+def metadata_kernel(
+    symbol: str, lanes: int, roles: tuple[tuple[str, np.dtype[Any]], ...], schedule: _jit.Kernel | None = None
+) -> _jit.Kernel:
+    """One kernel for the integer types of its arrays.
+
+    ``lanes`` threads share a row (0: the ragged kernels); ``schedule`` is the kernel whose blocks the step takes over.
+    """
     types = {**_ROLES, **{role: "i32" if dtype == INT32 else "i64" for role, dtype in roles}}
-    defines: tuple[tuple[str, int | str], ...] = (("BLOCK", _BLOCK), ("LANES", lanes or _BLOCK), *types.items())
-    return _jit.Kernel("metadata", symbol, defines, _BLOCK, shared=256 if lanes == 0 else 0)
+    block, shared = _BLOCK, 256 if lanes == 0 else 0
+    defines: tuple[tuple[str, int | str], ...] = (*types.items(), ("SCHEDULE", int(schedule is not None)))
+    if schedule is not None:
+        block, shared = schedule.block, max(shared, schedule.shared)
+        defines += schedule.defines
+    defines += (("BLOCK", block), ("LANES", lanes or block))
+    return _jit.Kernel("metadata", symbol, defines, block, shared)
 
 
 def _hint(name: str, value: Any) -> int:
@@ -58,9 +68,9 @@ def _stride(array: Array) -> np.int64:
     return stride
 
 
-def _ragged_grid(table: Array, batch: int, max_current_length: Any) -> tuple[int, int]:
+def _ragged_grid(table: Array, batch: int, max_current_length: Any, block: int = _BLOCK) -> tuple[int, int]:
     longest = min(_hint("max_current_length", max_current_length), max(table.shape[1], 1))
-    chunks = min(-(-longest // _CHUNK), (2**31 - 1) // batch)
+    chunks = min(-(-longest // (_PER_THREAD * block)), 2**30 // batch)
     return chunks, chunks * batch
 
 
@@ -96,9 +106,12 @@ def decode_step(
     cu_seqlen: Array | None,
     ragged_indptr: Array | None,
     max_current_length: int,
+    schedule: _jit.Launch | None = None,
 ) -> _jit.Launch:
-    """The launch of :func:`cupy_lora.metadata.prepare_decode_step` for checked arrays."""
-    chunks, grid = _ragged_grid(table, new.shape[0], max_current_length)
+    """The launch of :func:`cupy_lora.metadata.prepare_decode_step` for checked arrays.
+
+    ``schedule`` is the launch of ``LoraBatch.update``, which becomes the first blocks of this one.
+    """
     roles = (
         ("TABLE", table.dtype),
         ("INPUT_LENGTH", new.dtype),
@@ -108,9 +121,12 @@ def decode_step(
         ("POSITION", positions.dtype),
         ("SLOT_INDEX", indices.dtype),
     )
+    kernel = metadata_kernel("decode_step", 0, roles, None if schedule is None else schedule.kernel)
+    chunks, grid = _ragged_grid(table, new.shape[0], max_current_length, kernel.block)
+    ahead = 0 if schedule is None else schedule.grid[0]
     return _jit.Launch(
-        metadata_kernel("decode_step", 0, roles),
-        (grid, 1, 1),
+        kernel,
+        (ahead + grid, 1, 1),
         (
             table,
             _stride(table),
@@ -126,6 +142,7 @@ def decode_step(
             np.uint32(positions.shape[0]),
             cu_seqlen,
             ragged_indptr,
+            *(() if schedule is None else (np.int32(ahead), *schedule.args)),
         ),
     )
 

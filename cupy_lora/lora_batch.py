@@ -10,6 +10,7 @@ import numpy as np
 from . import _arrays, _device, _env, _jit
 from ._arrays import CPU, INT32, INT64, Array, same_device, stream_for, view
 from ._lora_checks import debug_slots, host_copy, indices, integer
+from ._plans import Plans
 from .reference.lora import segment_slots
 
 _FEW_TOKENS: Final = 256
@@ -78,6 +79,7 @@ class LoraBatch:
         self._schedules: dict[int, tuple[Array, int]] = {}
         self._launches: dict[Hashable, _jit.Launch] = {}
         self._staging: Any = None
+        self.step_plans = Plans()  # of prepare_decode_step
         if self.device != CPU:
             self._allocate()
 
@@ -123,6 +125,35 @@ class LoraBatch:
         elif self.device != CPU:
             self._set_by_loop(host_copy(slots))
         self.num_tokens = count
+
+    def begin_update(self, slots: Array) -> _jit.Launch | None:
+        """What :meth:`update` does, but for its launch, which is the caller's to run or to take over.
+
+        Parameters
+        ----------
+        slots : Array
+            A vector of int32 or int64 on the batch's own device.
+
+        Returns
+        -------
+        Launch or None
+            None where no kernel is needed.
+        """
+        count = slots.shape[0]
+        if count > self.max_tokens:
+            raise ValueError(f"indices: expected at most {self.max_tokens} rows (max_tokens of the batch), got {count}")
+        same_device(batch=view("batch", self.indices), indices=slots)
+        debug_slots("indices", slots, self.max_adapters)
+        if self.device == CPU:
+            self._set_host(slots.numpy())
+        launch = None
+        if self._has_kernels():
+            self.tile_counts = self._count(slots.numpy(), None) if self.device == CPU else None
+            launch = self._launch(slots, None)
+        elif self.device != CPU:
+            self._set_by_loop(host_copy(slots))
+        self.num_tokens = count
+        return launch
 
     def update_segments(self, indptr: Any, slots: Any, *, num_tokens: int | None = None) -> None:
         """Set the slots by segments of consecutive rows.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,11 @@ from ._arrays import (
     view,
 )
 from ._device import has_gpu_kernels
-from ._lora_checks import host_copy
+from ._lora_checks import host_copy, integer
 from ._plans import Plans
+
+if TYPE_CHECKING:
+    from .lora_batch import LoraBatch
 
 __all__ = [
     "block_tables_to_padded",
@@ -138,12 +141,15 @@ def prepare_decode_step(
     max_current_length: int,
     cu_seqlen: Any = None,
     ragged_indptr: Any = None,
+    batch: LoraBatch | None = None,
+    adapter_indices: Any = None,
 ) -> None:
     """All that a step needs of the tables, in one launch.
 
     Position ids and slot indices as :func:`prepare_position_slot_ids` writes them, the ragged table
-    as :func:`block_tables_to_ragged`, and the two cumulative sums behind them. Nothing is allocated
-    or read back, so the call can be captured in a graph.
+    as :func:`block_tables_to_ragged`, the two cumulative sums behind them, and the token-to-adapter
+    schedule as ``batch.update(adapter_indices)`` sets it. Nothing is allocated or read back, so the
+    call can be captured in a graph.
 
     Parameters
     ----------
@@ -163,37 +169,50 @@ def prepare_decode_step(
         Receives the cumulative sum of ``input_lengths``.
     ragged_indptr : array of int32, shape (batch + 1,), optional
         Receives the cumulative sum of ``input_lengths + cache_lengths``.
+    batch : LoraBatch, optional
+        Updated with ``adapter_indices``; on the device of the arrays.
+    adapter_indices : (num_tokens,) array of int32 or int64, optional
+        Slot of each new token, on the device; as ``indices`` of :meth:`LoraBatch.update`.
 
     Raises
     ------
     TypeError
         If a dtype or type is wrong.
     ValueError
-        If shapes do not match or the arrays are on different devices.
+        If shapes do not match, the arrays are on different devices, or only one of ``batch`` and
+        ``adapter_indices`` is given.
     """
+    if (batch is None) != (adapter_indices is None):
+        raise ValueError("batch and adapter_indices: expected both or none, got one of them")
     table, ragged = view("block_tables", block_tables), view("block_tables_ragged", block_tables_ragged)
     new, cached = view("input_lengths", input_lengths), view("cache_lengths", cache_lengths)
     slots, positions = view("cu_slots", cu_slots), view("position_ids", position_ids)
     indices = view("slot_indices", slot_indices)
     cu = None if cu_seqlen is None else view("cu_seqlen", cu_seqlen)
     indptr = None if ragged_indptr is None else view("ragged_indptr", ragged_indptr)
+    adapters = None if adapter_indices is None else view("adapter_indices", adapter_indices)
     arrays = (table, new, cached, ragged, slots, positions, indices, cu, indptr)
-    key = _plans.key(arrays, "decode_step", max_current_length)
-    kept = _plans.find(key, arrays)
+    device = table.device
+    plans, schedule = _plans if batch is None else batch.step_plans, None
+    every = arrays if batch is None else (*arrays, adapters, batch.counter_view)
+    key = plans.key(every, "decode_step", max_current_length)
+    kept = plans.find(key, every)
     if kept is not None:
-        launch = kept.launch(arrays)
+        if batch is not None and adapters is not None:
+            batch.begin_update(adapters)
+        launch = kept.launch(every)
     else:
         _rows("block_tables", table)
-        batch = _vector("input_lengths", new).shape[0]
-        _vector("cache_lengths", cached, batch)
-        _check_table_rows(table, batch)
-        _vector("cu_slots", slots, least=batch)
+        (count,) = _vector("input_lengths", new).shape
+        _vector("cache_lengths", cached, count)
+        _check_table_rows(table, count)
+        _vector("cu_slots", slots, least=count)
         _vector("slot_indices", indices, _vector("position_ids", positions).shape[0])
         _vector("block_tables_ragged", ragged)
         for name, sums in (("cu_seqlen", cu), ("ragged_indptr", indptr)):
             if sums is not None:
-                _vector(name, sums, batch + 1, dtypes=(INT32,))
-        device = same_device(
+                _vector(name, sums, count + 1, dtypes=(INT32,))
+        same_device(
             block_tables=table,
             input_lengths=new,
             cache_lengths=cached,
@@ -203,10 +222,15 @@ def prepare_decode_step(
             block_tables_ragged=ragged,
             cu_seqlen=cu,
             ragged_indptr=indptr,
+            adapter_indices=adapters,
         )
         if _env.DEBUG.on:
             lengths = host_copy(new).astype(np.int64) + host_copy(cached)
             _debug_most("input_lengths + cache_lengths", lengths, table.shape[1], "width of block_tables")
+        integer("max_current_length", max_current_length, -(2**62))
+        if batch is not None and adapters is not None:
+            _vector("adapter_indices", adapters)
+            schedule = batch.begin_update(adapters)
         if device == CPU and not _jit.has_host_runner():
             from .reference import metadata
 
@@ -223,11 +247,15 @@ def prepare_decode_step(
                 ragged_indptr=None if indptr is None else indptr.numpy(),
             )
             return
-        if batch == 0:
+        if count == 0:
+            if schedule is not None:
+                _jit.run(schedule, device, stream_for(device, block_tables, adapter_indices))
             return
-        launch = _metadata_plan.decode_step(*arrays, max_current_length)
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, table.device, stream_for(table.device, block_tables, input_lengths))
+        launch = _metadata_plan.decode_step(*arrays, max_current_length, schedule)
+        if batch is not None:
+            every = (*arrays, adapters, batch.counter_view)  # which begin_update may have allocated
+        plans.keep(key, launch, every)
+    _jit.run(launch, device, stream_for(device, block_tables, input_lengths))
 
 
 def block_tables_to_padded(max_blocks: int, cu_seqlen: Any, block_tables: Any, block_tables_ragged: Any) -> None:

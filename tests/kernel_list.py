@@ -177,12 +177,17 @@ def paged_kv_kernels(paged_kv: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
 @family("_metadata_plan")
 def metadata_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
     del facts  # the same plan everywhere
+    lora_plan = importlib.import_module("cupy_lora._lora_plan")
     for dtype in (INT32, INT64):
         rows, table = array((5,), dtype), array((5, 300), dtype)
         cu, slots, flat = array((6,), dtype), array((1000,), dtype), array((5000,), dtype)
         name = dtype.name
         yield f"ragged-{name}", plan.ragged(table, rows, rows, flat, 300).kernel
         yield f"step-{name}", plan.decode_step(table, rows, rows, flat, cu, rows, rows, None, None, 300).kernel
+        for tokens in (64, 8192):
+            schedule = lora_plan.build_tiles(array((tokens,), dtype), host_batch(tokens, 64))
+            step = plan.decode_step(table, rows, rows, flat, cu, rows, rows, None, None, 300, schedule)
+            yield f"step-{name}-{tokens}", step.kernel
         for most in (1, 100, 4096):  # one thread, one warp, one block a row
             yield f"padded-{name}-{most}", plan.padded(cu, table, flat, most).kernel
             yield f"copy-{name}-{most}", plan.copy_next_input_ids(table, rows, rows, rows, flat, cu, most).kernel
@@ -203,3 +208,39 @@ def punica_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
             for transposed in (False, True):
                 launch = plan.sgmv(y, x, pointers, starts, ends, 1, dtype, facts, phase=phase, transposed=transposed)
                 yield f"sgmv-{name}{'-transposed' if transposed else ''}", launch.kernel
+
+
+@family("_punica_plan")
+def punica_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
+    pointers, indices, ends = array((4,), INT64), array((9,), INT64), array((4,), INT32)
+    for rank, wide, dtype in ((16, 256, FLOAT16), (8, 64, BFLOAT16), (33, 131, FLOAT16), (64, 4096, BFLOAT16)):
+        narrow, broad = array((9, rank), dtype), array((9, wide), dtype)
+        for x, y, phase in ((broad, narrow, plan.SHRINK), (narrow, broad, plan.EXPAND)):
+            name = f"{x.shape[1]}to{y.shape[1]}-{_SHORT[dtype.name]}"
+            yield f"pointers-{name}", plan.bgmv(y, x, pointers, indices, 1, 0.5, dtype, facts).kernel
+            for transposed in (False, True) if phase == plan.SHRINK else (True,):
+                launch = plan.sgmv(y, x, pointers, ends, ends, 1, dtype, facts, phase=phase, transposed=transposed)
+                yield f"pointers-{name}{'-transposed' if transposed else ''}", launch.kernel
+
+
+@family("_attention_plan")
+def attention_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
+    def shape(dim: int, group: int = 4, page: int = 16, dtype: np.dtype[Any] = BFLOAT16, **flags: bool) -> Any:
+        options = {"rope": True, "causal": True, "window": False, "soft_cap": False, "vectors": True, **flags}
+        return plan.Shape(dim, group, 8, page, dtype, **options)
+
+    shapes = {
+        **{f"d{dim}": shape(dim) for dim in (64, 96, 128, 256)},
+        "d128-no_rope": shape(128, rope=False),
+        "d128-f16": shape(128, dtype=FLOAT16),
+        "d128-mha-page1": shape(128, group=1, page=1),
+        "d128-group7-page7": shape(128, group=7, page=7),
+        "d64-group32": shape(64, group=32),
+        "d80-unaligned": shape(80, vectors=False),
+        "d128-window-cap": shape(128, window=True, soft_cap=True),
+        "d256-no_rope-f16": shape(256, rope=False, dtype=FLOAT16),
+    }
+    for name, one in shapes.items():
+        yield f"decode-{name}", plan.decode_kernel(one, facts.arch)[0]
+        yield f"prefill-{name}", plan.prefill_kernel(one, facts.arch)[0]
+    yield "prefill-d128-all_keys", plan.prefill_kernel(shape(128, causal=False), facts.arch)[0]

@@ -166,6 +166,60 @@ def test_decode_step_is_the_separate_calls(engine: Engine, speculative: int, dty
     assert engine.numpy(ragged).tolist() == expected_ragged + [NEVER] * 5
 
 
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("sequences", [3, 300])
+def test_decode_step_sets_the_batch_as_its_update_does(engine: Engine, sequences: int, dtype: np.dtype):
+    """The schedule in the same launch: the tiles of LoraBatch.update, bit for bit, call after call."""
+    rng = np.random.default_rng(sequences)
+    alone, fused = (cupy_lora.LoraBatch(512, max_adapters=7, device=engine.device) for _ in range(2))
+    table, ones = engine.array(table_of(rng, sequences, 40, I32)), engine.array(np.ones(sequences, I32))
+    cu_slots = engine.array(cumulative([40] * sequences, I64))
+    for _ in range(2):
+        cached = rng.integers(0, 39, sequences)
+        slots = engine.array(rng.integers(-2, 9, sequences).astype(dtype))
+        positions, indices = (engine.array(np.full(sequences, NEVER, I64)) for _ in range(2))
+        ragged = engine.array(np.full(int(cached.sum()) + sequences, NEVER, I32))
+        alone.update(slots)
+        metadata.prepare_decode_step(
+            block_tables=table, input_lengths=ones, cache_lengths=engine.array(cached.astype(I32)), cu_slots=cu_slots,
+            position_ids=positions, slot_indices=indices, block_tables_ragged=ragged, max_current_length=40,
+            batch=fused, adapter_indices=slots,
+        )  # fmt: skip
+        assert fused.num_tokens == sequences
+        assert fused.tile_counts == alone.tile_counts
+        if engine.name == "numpy":
+            assert (engine.numpy(fused.indices) == engine.numpy(alone.indices)).all()
+        else:
+            counts = engine.numpy(alone.counters)
+            assert counts[: len(alone.heights)].tolist() == engine.numpy(fused.counters)[: len(alone.heights)].tolist()
+            for at, height in enumerate(alone.heights):
+                one, two = (engine.numpy(b.tiles[height])[: counts[at]] for b in (alone, fused))
+                for tile, other in zip(one, two, strict=True):
+                    assert tile[:2].tolist() == other[:2].tolist()
+                    assert tile[8 : 8 + tile[1]].tolist() == other[8 : 8 + tile[1]].tolist()
+        assert engine.numpy(positions).tolist() == cached.tolist()
+        assert NEVER not in engine.numpy(ragged)
+
+
+def test_decode_step_names_what_is_wrong_with_the_batch():
+    batch = cupy_lora.LoraBatch(2, max_adapters=2, device="cpu")
+    three = np.zeros(3, I32)
+    arguments: dict[str, Any] = {
+        "block_tables": np.zeros((3, 4), I32), "input_lengths": three, "cache_lengths": three, "cu_slots": three,
+        "position_ids": three.copy(), "slot_indices": three.copy(), "block_tables_ragged": three.copy(),
+        "max_current_length": 4,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="batch and adapter_indices: expected both or none"):
+        metadata.prepare_decode_step(**arguments, batch=batch)
+    with pytest.raises(ValueError, match="indices: expected at most 2 rows"):
+        metadata.prepare_decode_step(**arguments, batch=batch, adapter_indices=three)
+    with pytest.raises(TypeError, match="adapter_indices: expected dtype int32 or int64, got float32"):
+        metadata.prepare_decode_step(**arguments, batch=batch, adapter_indices=np.zeros(2, np.float32))
+    with pytest.raises(TypeError, match="max_current_length: expected an integer"):
+        metadata.prepare_decode_step(**{**arguments, "max_current_length": 4.0}, batch=batch, adapter_indices=three[:2])
+    assert batch.num_tokens == 0
+
+
 def test_decode_step_without_the_sums_and_with_short_outputs(engine: Engine):
     """Outputs that are too short are filled and not overrun."""
     positions, indices, ragged = (engine.array(np.full(n, NEVER, I32)) for n in (2, 2, 4))
