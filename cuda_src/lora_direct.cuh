@@ -268,9 +268,10 @@ struct Expand {
     CUPY_LORA_DEVICE int valid(int unit) const { return kWhole ? 2 * kRows : N - column - unit * kDeal * kUnit; }
 
     CUPY_LORA_DEVICE void load_y(Y (&into)[2], int unit) const {
-        if constexpr (!kAddToY) return;
+        if constexpr (kAddToY) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) into[h].load(y[h] + unit * kDeal * kUnit, valid(unit));
+            for (int h = 0; h < 2; ++h) into[h].load(y[h] + unit * kDeal * kUnit, valid(unit));
+        }
     }
 
     // This lane's rows of B in this unit, `ranks` ranks from `first` on.

@@ -28,6 +28,7 @@ def family(module: str) -> Callable[[Family], Family]:
     """Register a function (module, facts of a GPU) -> (id, kernel) pairs for ``cupy_lora.<module>``."""
 
     def register(function: Family) -> Family:
+        assert module not in _FAMILIES, f"{module} is listed twice"
         _FAMILIES[module] = function
         return function
 
@@ -208,19 +209,6 @@ def punica_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
             for transposed in (False, True):
                 launch = plan.sgmv(y, x, pointers, starts, ends, 1, dtype, facts, phase=phase, transposed=transposed)
                 yield f"sgmv-{name}{'-transposed' if transposed else ''}", launch.kernel
-
-
-@family("_punica_plan")
-def punica_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
-    pointers, indices, ends = array((4,), INT64), array((9,), INT64), array((4,), INT32)
-    for rank, wide, dtype in ((16, 256, FLOAT16), (8, 64, BFLOAT16), (33, 131, FLOAT16), (64, 4096, BFLOAT16)):
-        narrow, broad = array((9, rank), dtype), array((9, wide), dtype)
-        for x, y, phase in ((broad, narrow, plan.SHRINK), (narrow, broad, plan.EXPAND)):
-            name = f"{x.shape[1]}to{y.shape[1]}-{_SHORT[dtype.name]}"
-            yield f"pointers-{name}", plan.bgmv(y, x, pointers, indices, 1, 0.5, dtype, facts).kernel
-            for transposed in (False, True) if phase == plan.SHRINK else (True,):
-                launch = plan.sgmv(y, x, pointers, ends, ends, 1, dtype, facts, phase=phase, transposed=transposed)
-                yield f"pointers-{name}{'-transposed' if transposed else ''}", launch.kernel
 
 
 @family("_attention_plan")
