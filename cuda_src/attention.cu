@@ -13,7 +13,7 @@
 // Tables in device memory are not trusted (length_of, key_address; rows of the queries): what is out of range is empty.
 // A sequence without keys gives zeros and -inf. The bits of a row depend on its sequence alone.
 //
-// Threads, shared memory: attention_decode.cuh, attention_prefill.cuh over attention_tile.cuh.
+// Threads, shared memory: attention_decode.cuh, attention_prefill.cuh, over attention_tile.cuh, attention_stage.cuh.
 #if MODE == 0
 #include "attention_decode.cuh"
 #else
@@ -41,21 +41,21 @@ CUPY_LORA_DEVICE Staging carve_staging(u8*& shared) {
 // cap: sm_scale / soft_cap; scale: what a score (tanh of it) is multiplied with to be an exponent of two.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     batch_decode(const ELEMENT* q, ELEMENT* out, float* lse, const i64* kv_ptrs, const i32* kv_indptr,
-                 const i32* last_page_offset, float* partial_acc, float* partial_tops, i32* arrived,
+                 const i32* last_page_offset, float* partial_acc, float* partial_rows, i32* arrived,
                  const Frequencies frequencies, i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 layer,
                  i32 window, i32 slots, i32 share, float scale, float cap) {
     CUPY_LORA_SHARED(memory);
     u8* shared = memory;
     u8* const queries = carve<u8>(shared, 16 * ROW_BYTES);
     const Staging staging = carve_staging(shared);
-    const Exchange exchange = {carve<float>(shared, WARPS * ROWS * PART_ROW), carve<float>(shared, WARPS * 16),
-                               carve<float>(shared, WARPS * 16)};
+    const Joined joined = {carve<float>(shared, WARPS * ROWS * PART_ROW), carve<Row>(shared, WARPS * ROWS),
+                           carve<float>(shared, ROWS * DIM), carve<Row>(shared, 2 * ROWS)};
     i64* const scratch = carve<i64>(shared, WARPS + 1);
     Unit* const unit_at = carve<Unit>(shared, 1);
-    i32* const arrived_before = carve<i32>(shared, 1);
+    i32* const before = carve<i32>(shared, 1);
 
     const Work work = {{kv_ptrs, kv_indptr, last_page_offset, num_ptrs}, batch, window, slots, share};
-    const Partials partials = {partial_acc, partial_tops, arrived, slots};
+    const Partials partials = {partial_acc, partial_rows, arrived, slots};
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if constexpr (ROPE) fill_angles(staging.near, NEAR, 0, 1, frequencies);
     const Schedule schedule(work, scratch);
@@ -79,53 +79,61 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             __syncthreads();
         }
 
-        Result result;
-        clear(result);
         Block<1> block;
         clear(block);
         const Keys keys = keys_of(work.cache, unit.sequence, unit.length, layer, head);
         const i32 oldest = WINDOW && unit.length > window ? unit.length - window : 0;
-        i32 boundary = unit.begin + unit.chunk_tiles;
+        i32 joints = 0;  // chunks that are done
         for_each_tile(keys, unit.begin, unit.end, staging, frequencies, [&](int tile, const u8* k, const u8* v) {
             const i32 at = tile * TILE + warp * 16;
             if (at < unit.length && at + 16 > oldest) {
                 const bool masked = at + 16 > unit.length || at < oldest;
                 attend<1, HALVES, 16>(block, queries, k + warp * 16 * ROW_BYTES, v + warp * 16 * ROW_BYTES, scale, cap,
-                                      masked, [&](int, int, int key) {
-                                          return at + key < unit.length && at + key >= oldest;
-                                      });
+                                      masked, [&](int, int) { return Span{oldest - at, unit.length - at}; });
             }
-            if (tile + 1 == boundary || tile + 1 == unit.end) {
-                Result chunk;
-                clear(chunk);
-                join_warps(block, exchange, scale, chunk);
-                clear(block);
+            if (tile + 1 != unit.end && tile + 1 != unit.begin + (joints + 1) * unit.chunk_tiles) return;
+            join_warps(block, joined, scale, [&](int row, int column, Row chunk, float4 acc) {
                 if (unit.chunks == 0) {
-                    fold(result, chunk);
-                } else {
-                    store_partial(partials, unit.slot, first_head, rows, chunk);
+                    keep(joined, joints, row, column, chunk, acc);
+                } else if (row < rows) {
+                    store_partial(partials, static_cast<i64>(unit.slot) * (HEADS * GROUP) + first_head + row, column,
+                                  chunk, acc);
                 }
-                boundary += unit.chunk_tiles;
-            }
+            });
+            clear(block);
+            ++joints;
         });
+
+        bool finishes = true;
         if (unit.chunks != 0) {
             i32* const counter = arrived + static_cast<i64>(unit.first_slot) * UNITS + number % UNITS;
             ptx::fence_gpu();
             __syncthreads();
             if (threadIdx.x == 0) {
-                *arrived_before = atomicAdd(counter, 1);
+                *before = atomicAdd(counter, 1);
                 ptx::fence_gpu();
             }
             __syncthreads();
-            if (*arrived_before == unit.chunks - 1) {
-                fold_slots(partials, unit.first_slot, unit.chunks, first_head, rows, result);
-                store_result(out + unit.sequence * out_stride, lse == nullptr ? nullptr : lse + static_cast<i64>(unit.sequence) * (HEADS * GROUP),
-                             first_head, rows, result);
-                if (threadIdx.x == 0) *counter = 0;
-            }
-        } else {
-            store_result(out + unit.sequence * out_stride, lse == nullptr ? nullptr : lse + static_cast<i64>(unit.sequence) * (HEADS * GROUP),
-                         first_head, rows, result);
+            finishes = *before == unit.chunks - 1;
+            if (finishes && threadIdx.x == 0) *counter = 0;
+        }
+#pragma unroll 1
+        for (int pass = 0; finishes && pass < PASSES; ++pass) {
+            each_quad(pass, [&](int row, int column) {
+                if (row >= rows) return;
+                Row state = {minus_infinity(), 0.f};
+                float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
+                if (unit.chunks != 0) {
+                    const i64 first = static_cast<i64>(unit.first_slot) * (HEADS * GROUP) + first_head + row;
+                    fold_partials(partials, first, unit.chunks, column, state, acc);
+                } else if (joints > 0) {
+                    state = joined.rows[joints % 2 * ROWS + row];
+                    acc = *reinterpret_cast<const float4*>(joined.acc + row * DIM + column);
+                }
+                const i64 at = static_cast<i64>(unit.sequence) * (HEADS * GROUP) + first_head + row;
+                store_quad(out + unit.sequence * out_stride + (first_head + row) * DIM,
+                           lse == nullptr ? nullptr : lse + at, column, state, acc);
+            });
         }
         ptx::copy_async_wait<0>();
         __syncthreads();  // everyone is done with the unit and with the queries
@@ -142,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const Staging staging = carve_staging(shared);
     i64* const scratch = carve<i64>(shared, WARPS + 1);
     Unit* const unit_at = carve<Unit>(shared, 1);
+    Span* const spans = carve<Span>(shared, ROWS);  // the keys that each row sees
 
     locate(qo_indptr, batch, tokens, blockIdx.x / HEADS, unit_at, scratch);
     const Unit unit = *unit_at;
@@ -165,6 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     // Keys that the tile's rows, and those of this warp, can see: begin .. end - 1.
     const auto oldest = [&](int row) { return WINDOW ? max(position(row) - window + 1, 0) : 0; };
     const auto newest = [&](int row) { return CAUSAL ? min(position(row) + 1, length) : position(row) < 0 ? 0 : length; };
+    for (int row = static_cast<int>(threadIdx.x); row < ROWS; row += THREADS) spans[row] = {oldest(row), newest(row)};
     const i32 begin = oldest(0) / TILE;
     const i32 end = max((newest(rows - 1) + TILE - 1) / TILE, begin);
     if (ROPE && begin < end) {
@@ -190,13 +200,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     clear(block);
     const Keys keys = keys_of(cache, unit.sequence, length, layer, head);
     for_each_tile(keys, begin, end, staging, frequencies, [&](int tile, const u8* k, const u8* v) {
-        const i32 at = tile * TILE;
-        if (at >= warp_newest || at + TILE <= warp_oldest) return;
-        const bool masked = at + TILE > all_see_to || at < all_see_from;
-        attend<BLOCKS, 2, TILE>(block, own, k, v, scale, cap, masked, [&](int m, int h, int key) {
-            const int row = warp * WARP_ROWS + m * 16 + 8 * h + lane / 4;
-            return at + key >= oldest(row) && at + key < newest(row);
-        });
+#pragma unroll 1
+        for (int part = 0; part < TILE; part += STEP) {
+            const i32 at = tile * TILE + part;
+            if (at >= warp_newest || at + STEP <= warp_oldest) continue;
+            const bool masked = at + STEP > all_see_to || at < all_see_from;
+            attend<BLOCKS, 2, STEP>(block, own, k + part * ROW_BYTES, v + part * ROW_BYTES, scale, cap, masked,
+                                    [&](int m, int h) {
+                                        const Span span = spans[warp * WARP_ROWS + m * 16 + 8 * h + lane / 4];
+                                        return Span{span.first - at, span.end - at};
+                                    });
+        }
     });
     ptx::copy_async_wait<0>();
     __syncthreads();  // without tiles the queries may still be on their way to the rows that the output takes

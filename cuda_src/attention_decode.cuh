@@ -7,8 +7,9 @@
 //
 // Block: one unit of work at a time, a chunk (or a sequence) of a key head and up to 16 of its query heads. Each
 // warp takes its own 16 keys of a tile of 16 * WARPS.
-// Shared memory: queries [16], stages, addresses, near, far (attention_tile.cuh); parts [WARPS][ROWS][PASS + 8]
-// float32; tops and sums [WARPS][16]; scan [WARPS + 1] int64; the unit.
+// Shared memory: queries [16], stages, addresses, near, far (attention_stage.cuh); Joined: of the warps, parts
+// [WARPS][ROWS][PASS + 8] and rows [WARPS][ROWS][2], of the sequence so far, acc [ROWS][DIM] and rows [2][ROWS][2], all
+// float32; scan [WARPS + 1] int64; the unit; a counter.
 #pragma once
 #include "attention_tile.cuh"
 
@@ -16,20 +17,20 @@ constexpr int HEAD_BLOCKS = ceil_div(GROUP, 16);
 constexpr int UNITS = HEADS * HEAD_BLOCKS;  // of a chunk
 constexpr int ROWS = GROUP < 16 ? GROUP : 16;
 constexpr int HALVES = ROWS > 8 ? 2 : 1;
-constexpr int PASS = DIM % 64 == 0 ? 64 : DIM % 48 == 0 ? 48 : DIM % 32 == 0 ? 32 : 16;  // columns merged at a time
+constexpr int PASS = DIM % 32 == 0 ? 32 : 16;  // columns joined at a time
 constexpr int PASSES = DIM / PASS;
 constexpr int PART_ROW = PASS + 8;
-constexpr int PER_THREAD = ceil_div(ROWS * PASS, THREADS);
-constexpr int FETCH = PASSES * PER_THREAD < 8 ? 8 : PASSES * PER_THREAD < 16 ? 4 : 2;  // chunks read at a time
+constexpr int QUADS = ROWS * (PASS / 4);  // float4s of a pass
+constexpr int FETCH = 8;                  // chunks that are read at a time
 
 static_assert(TILE == 16 * WARPS, "16 keys of a tile for each warp");
 static_assert(CHUNK_MIN % TILE == 0, "whole tiles a chunk");
 
 // Partial results of split sequences, slot after slot (one a chunk), each of all query heads.
 struct Partials {
-    float* acc;      // [slots][HEADS * GROUP][DIM], not divided by the sum
-    float* tops;     // [slots][HEADS * GROUP][2]: maximum as an exponent of two, sum
-    i32* arrived;    // [slots][UNITS], of a sequence's first slot: chunks that are there; zeros between launches
+    float* acc;    // [slots][HEADS * GROUP][DIM], not divided by the sum
+    float* rows;   // [slots][HEADS * GROUP][4]: maximum as an exponent of two, sum, nothing
+    i32* arrived;  // [slots][UNITS], of a sequence's first slot: chunks that are there; zeros between launches
     i32 slots;
 };
 
@@ -124,67 +125,61 @@ private:
     i64 all_keys_, first_slot_, first_unit_, end_unit_, all_units_;
 };
 
-// A thread's elements of the result of a chunk or of a sequence: row and column of element i of each pass are
-// element(i) / PASS and element(i) % PASS.
-struct Result {
-    float acc[PASSES][PER_THREAD];
-    float top[PER_THREAD];
-    float sum[PER_THREAD];
+// ---- partial results: four columns of a row at a time ------------------------------------------
+// Thread's share of the columns, the same wherever results are joined: f(row, column).
+template <class F>
+CUPY_LORA_DEVICE void each_quad(int pass, F f) {
+    for (int e = static_cast<int>(threadIdx.x); e < QUADS; e += THREADS) {
+        f(e / (PASS / 4), pass * PASS + e % (PASS / 4) * 4);
+    }
+}
+
+// Maximum (an exponent of two) and sum of a row.
+struct Row {
+    float top, sum;
 };
 
-CUPY_LORA_DEVICE int element(int i) { return static_cast<int>(threadIdx.x) + i * THREADS; }
+CUPY_LORA_DEVICE float finite(float top) { return top == minus_infinity() ? 0.f : top; }
 
-CUPY_LORA_DEVICE void clear(Result& result) {
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        result.top[i] = minus_infinity();
-        result.sum[i] = 0.f;
-#pragma unroll
-        for (int p = 0; p < PASSES; ++p) result.acc[p][i] = 0.f;
-    }
+CUPY_LORA_DEVICE float4 multiply_add(float4 a, float factor, float4 c) {
+    return make_float4(fmaf(a.x, factor, c.x), fmaf(a.y, factor, c.y), fmaf(a.z, factor, c.z), fmaf(a.w, factor, c.w));
 }
 
-// The one way in which partial results are joined.
-CUPY_LORA_DEVICE void fold(Result& result, const Result& chunk) {
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        const float top = fmaxf(result.top[i], chunk.top[i]);
-        const float base = top == minus_infinity() ? 0.f : top;
-        const float old = ptx::exp2_approx(result.top[i] - base);
-        const float add = ptx::exp2_approx(chunk.top[i] - base);
-        result.top[i] = top;
-        result.sum[i] = fmaf(chunk.sum[i], add, result.sum[i] * old);
-#pragma unroll
-        for (int p = 0; p < PASSES; ++p) result.acc[p][i] = fmaf(chunk.acc[p][i], add, result.acc[p][i] * old);
-    }
+// The one way in which a chunk's result is added to those of the chunks before it.
+CUPY_LORA_DEVICE void fold(Row& row, float4& acc, Row chunk, float4 chunk_acc) {
+    const float top = fmaxf(row.top, chunk.top);
+    const float old = ptx::exp2_approx(row.top - finite(top));
+    const float add = ptx::exp2_approx(chunk.top - finite(top));
+    row = {top, fmaf(chunk.sum, add, row.sum * old)};
+    acc = multiply_add(chunk_acc, add, make_float4(acc.x * old, acc.y * old, acc.z * old, acc.w * old));
 }
 
-struct Exchange {
+struct Joined {
     float* parts;  // [WARPS][ROWS][PART_ROW]
-    float* tops;   // [WARPS][16]
-    float* sums;   // [WARPS][16]
+    Row* warps;    // [WARPS][ROWS]
+    float* acc;    // [ROWS][DIM], of the chunks so far; each thread's quads are its own
+    Row* rows;     // [2][ROWS], of an even and of an odd number of chunks
 };
 
-// The warps' shares of a chunk, joined in the order of the warps. All threads; block is done with afterwards.
-CUPY_LORA_DEVICE void join_warps(Block<1>& block, const Exchange& exchange, float scale, Result& chunk) {
+// The warps' shares of a chunk, joined in the order of the warps: take(row, column, result of the row, quad of columns).
+// All threads; what take leaves for other threads they see on return.
+template <class Take>
+CUPY_LORA_DEVICE void join_warps(Block<1>& block, const Joined& joined, float scale, Take take) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) {
         const float sum = quad_sum(block.sum[0][h]);
-        if (lane % 4 == 0) {
-            exchange.tops[warp * 16 + lane / 4 + 8 * h] = block.top[0][h] * scale;
-            exchange.sums[warp * 16 + lane / 4 + 8 * h] = sum;
-        }
+        const int row = lane / 4 + 8 * h;
+        if (lane % 4 == 0 && row < ROWS) joined.warps[warp * ROWS + row] = {block.top[0][h] * scale, sum};
     }
 #pragma unroll
     for (int p = 0; p < PASSES; ++p) {
-        if (p > 0) __syncthreads();
 #pragma unroll
         for (int h = 0; h < HALVES; ++h) {
             const int row = lane / 4 + 8 * h;
             if (row < ROWS) {
-                float* const part = exchange.parts + (warp * ROWS + row) * PART_ROW + lane % 4 * 2;
+                float* const part = joined.parts + (warp * ROWS + row) * PART_ROW + lane % 4 * 2;
 #pragma unroll
                 for (int n = 0; n < PASS / 8; ++n) {
                     const float* const pair = block.acc[0][p * (PASS / 8) + n] + 2 * h;
@@ -193,87 +188,75 @@ CUPY_LORA_DEVICE void join_warps(Block<1>& block, const Exchange& exchange, floa
             }
         }
         __syncthreads();
-#pragma unroll
-        for (int i = 0; i < PER_THREAD; ++i) {
-            const int row = element(i) / PASS;
-            if (row >= ROWS) continue;
+        each_quad(p, [&](int row, int column) {
             float top = minus_infinity();
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) top = fmaxf(top, exchange.tops[w * 16 + row]);
-            const float base = top == minus_infinity() ? 0.f : top;
-            float acc = 0.f, sum = 0.f;
+            for (int w = 0; w < WARPS; ++w) top = fmaxf(top, joined.warps[w * ROWS + row].top);
+            float sum = 0.f;
+            float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
-                const float factor = ptx::exp2_approx(exchange.tops[w * 16 + row] - base);
-                acc = fmaf(factor, exchange.parts[(w * ROWS + row) * PART_ROW + element(i) % PASS], acc);
-                sum = fmaf(factor, exchange.sums[w * 16 + row], sum);
+                const Row part = joined.warps[w * ROWS + row];
+                const float factor = ptx::exp2_approx(part.top - finite(top));
+                sum = fmaf(part.sum, factor, sum);
+                const float* const quad = joined.parts + (w * ROWS + row) * PART_ROW + (column - p * PASS);
+                acc = multiply_add(*reinterpret_cast<const float4*>(quad), factor, acc);
             }
-            chunk.acc[p][i] = acc;
-            chunk.top[i] = top;
-            chunk.sum[i] = sum;
-        }
-    }
-    __syncthreads();  // the parts, tops and sums are written again for the next chunk
-}
-
-// One chunk's result to its slot, or (`there`: see Fetch) from it. head: the block's first query head.
-CUPY_LORA_DEVICE void store_partial(const Partials& partials, i32 slot, int head, int rows, const Result& chunk) {
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        const int row = element(i) / PASS;
-        const int column = element(i) % PASS;
-        if (row >= rows) continue;
-        const i64 at = static_cast<i64>(slot) * (HEADS * GROUP) + head + row;
-#pragma unroll
-        for (int p = 0; p < PASSES; ++p) partials.acc[at * DIM + p * PASS + column] = chunk.acc[p][i];
-        if (column == 0) {
-            partials.tops[at * 2] = chunk.top[i];
-            partials.tops[at * 2 + 1] = chunk.sum[i];
-        }
+            take(row, column, Row{top, sum}, acc);
+        });
+        __syncthreads();  // the parts are written again
     }
 }
 
-CUPY_LORA_DEVICE void fold_slots(const Partials& partials, i32 first, i32 count, int head, int rows, Result& result) {
+// A chunk's quad into the sequence's result; `number` counts the chunks.
+CUPY_LORA_DEVICE void keep(const Joined& joined, i32 number, int row, int column, Row chunk, float4 chunk_acc) {
+    float4* const held = reinterpret_cast<float4*>(joined.acc + row * DIM + column);
+    Row state = {minus_infinity(), 0.f};
+    float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (number > 0) {
+        state = joined.rows[number % 2 * ROWS + row];
+        acc = *held;
+    }
+    fold(state, acc, chunk, chunk_acc);
+    *held = acc;
+    if (column == 0) joined.rows[(number + 1) % 2 * ROWS + row] = state;
+}
+
+// The quad of `row` of a chunk (slot * HEADS * GROUP + head) to the workspace.
+CUPY_LORA_DEVICE void store_partial(const Partials& partials, i64 row, int column, Row chunk, float4 acc) {
+    *reinterpret_cast<float4*>(partials.acc + row * DIM + column) = acc;
+    if (column == 0) *reinterpret_cast<float4*>(partials.rows + row * 4) = make_float4(chunk.top, chunk.sum, 0.f, 0.f);
+}
+
+// The same quad of `count` chunks, from `row` of the first on, folded.
+CUPY_LORA_DEVICE void fold_partials(const Partials& partials, i64 row, i32 count, int column, Row& state, float4& acc) {
     for (i32 c = 0; c < count; c += FETCH) {
-        Result fetched[FETCH];  // all under way before the first is folded
+        float4 rows[FETCH], quads[FETCH];  // all under way before the first is folded
 #pragma unroll
         for (int f = 0; f < FETCH; ++f) {
-            clear(fetched[f]);
-#pragma unroll
-            for (int i = 0; i < PER_THREAD; ++i) {
-                const int row = element(i) / PASS;
-                if (row >= rows || c + f >= count) continue;
-                const i64 at = static_cast<i64>(first + c + f) * (HEADS * GROUP) + head + row;
-                fetched[f].top[i] = ptx::load_fresh(partials.tops + at * 2);
-                fetched[f].sum[i] = ptx::load_fresh(partials.tops + at * 2 + 1);
-#pragma unroll
-                for (int p = 0; p < PASSES; ++p) {
-                    fetched[f].acc[p][i] = ptx::load_fresh(partials.acc + at * DIM + p * PASS + element(i) % PASS);
-                }
-            }
+            const i64 at = row + static_cast<i64>(min(c + f, count - 1)) * (HEADS * GROUP);
+            rows[f] = ptx::load_fresh_16(partials.rows + at * 4);
+            quads[f] = ptx::load_fresh_16(partials.acc + at * DIM + column);
         }
 #pragma unroll
         for (int f = 0; f < FETCH; ++f) {
-            if (c + f < count) fold(result, fetched[f]);
+            if (c + f < count) fold(state, acc, {rows[f].x, rows[f].y}, quads[f]);
         }
     }
 }
 
-// Divides by the sums and writes the rows of `head` on; lse may be null.
-CUPY_LORA_DEVICE void store_result(ELEMENT* out, float* lse, int head, int rows, const Result& result) {
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        const int row = element(i) / PASS;
-        const int column = element(i) % PASS;
-        if (row >= rows) continue;
-        const float sum = result.sum[i];
-        const float inverse = sum > 0.f ? 1.f / sum : 0.f;
-#pragma unroll
-        for (int p = 0; p < PASSES; ++p) {
-            out[(head + row) * DIM + p * PASS + column] = from_float<ELEMENT>(result.acc[p][i] * inverse);
-        }
-        if (column == 0 && lse != nullptr) {
-            lse[head + row] = sum > 0.f ? (result.top[i] + log2f(sum)) * LN2 : minus_infinity();
-        }
+// Divides by the sum and writes a quad; lse, of the row, may be null.
+CUPY_LORA_DEVICE void store_quad(ELEMENT* out, float* lse, int column, Row row, float4 acc) {
+    const float inverse = row.sum > 0.f ? 1.f / row.sum : 0.f;
+    const u32 low = pack2(acc.x * inverse, acc.y * inverse, ELEMENT{});
+    const u32 high = pack2(acc.z * inverse, acc.w * inverse, ELEMENT{});
+    if constexpr (VECTORS) {
+        *reinterpret_cast<uint2*>(out + column) = make_uint2(low, high);
+    } else {
+        out[column].bits = static_cast<u16>(low);
+        out[column + 1].bits = static_cast<u16>(low >> 16);
+        out[column + 2].bits = static_cast<u16>(high);
+        out[column + 3].bits = static_cast<u16>(high >> 16);
     }
+    if (column == 0 && lse != nullptr) *lse = row.sum > 0.f ? (row.top + log2f(row.sum)) * LN2 : minus_infinity();
 }

@@ -6,13 +6,14 @@
 //
 // Block: one tile of rows of one key head, 16 * BLOCKS rows a warp; the last tiles of each sequence, which see the most
 // keys, come first.
-// Shared memory: queries [ROWS] (then the output), stages, addresses, near, far (attention_tile.cuh); scan
+// Shared memory: queries [ROWS] (then the output), stages, addresses, near, far (attention_stage.cuh); scan
 // [WARPS + 1] int64; the unit.
 #pragma once
 #include "attention_tile.cuh"
 
 constexpr int ROWS = 16 * BLOCKS * WARPS;
 constexpr int WARP_ROWS = 16 * BLOCKS;
+constexpr int STEP = TILE < 32 ? TILE : 32;  // keys of a step of the softmax: 64 do not fit in registers
 
 static_assert((ceil_div(ROWS, GROUP) / NEAR + 2) * PAIRS * 8 <= STAGES * STAGE_BYTES,
               "the far table of the queries fits in the stages");

@@ -155,14 +155,17 @@ CUPY_LORA_DEVICE uint2 load_once_8(const void* p) {
 #endif
 }
 
-// What another block of this launch wrote before its fence: from L2, past this multiprocessor's L1.
-CUPY_LORA_DEVICE float load_fresh(const float* p) {
+// 16 bytes that another block of this launch wrote before its fence: from L2, past this multiprocessor's L1.
+CUPY_LORA_DEVICE float4 load_fresh_16(const float* p) {
 #ifndef CUPY_LORA_SIMT
-    float v;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(p)
+                 : "memory");
     return v;
 #else
-    return *p;
+    return *reinterpret_cast<const float4*>(p);
 #endif
 }
 

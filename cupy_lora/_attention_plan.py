@@ -79,22 +79,18 @@ def _tile_bytes(dim: int, rope: bool, warps: int, tile: int, stages: int) -> tup
     return (stages * 2 * tile * (2 * dim + 16), stages * tile * 8, *tables, (warps + 1) * 8, 32)
 
 
-def _pass_width(dim: int) -> int:
-    return next(width for width in (64, 48, 32, 16) if dim % width == 0)
-
-
 def decode_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) -> int:
     """Dynamic shared memory of batch_decode: the map in attention_decode.cuh."""
     rows = min(group, 16)
-    parts = config.warps * rows * (_pass_width(dim) + 8) * 4
-    joined = (parts, config.warps * 64, config.warps * 64, 4)
+    parts = config.warps * rows * ((32 if dim % 32 == 0 else 16) + 8) * 4
+    joined = (parts, config.warps * rows * 8, rows * dim * 4, 2 * rows * 8, 4)
     return _aligned(16 * (2 * dim + 16), *_tile_bytes(dim, rope, config.warps, config.tile, config.stages), *joined)
 
 
 def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
     """Dynamic shared memory of batch_prefill: the map in attention_prefill.cuh."""
     rows = 16 * config.blocks * config.warps
-    return _aligned(rows * (2 * dim + 16), *_tile_bytes(dim, rope, config.warps, config.tile, config.stages))
+    return _aligned(rows * 8, rows * (2 * dim + 16), *_tile_bytes(dim, rope, config.warps, config.tile, config.stages))
 
 
 @functools.cache
@@ -220,7 +216,7 @@ def shape_of(q: Array, out: Array, kv_heads: int, page_size: int, rope: bool, ca
 def partial_slots(nbytes: int, heads: int, kv_heads: int, dim: int) -> int:
     """Chunks whose partial results a workspace holds."""
     units = kv_heads * math.ceil(heads // kv_heads / 16)
-    return max(min((nbytes - 4 * COUNTERS) // (heads * (dim + 2) * 4), COUNTERS // units), 0)
+    return max(min((nbytes - 4 * COUNTERS) // (heads * (dim + 4) * 4), COUNTERS // units), 0)
 
 
 def decode(
@@ -243,14 +239,14 @@ def decode(
     # More blocks than there can be units only look at the tables; fewer than units take turns.
     most = batch + tables[0].shape[0] * shape.page_size // CHUNK_MIN
     grid = max(1, min(at_once, units * most))
-    tops = workspace.ptr + 4 * COUNTERS
-    acc = tops + -(-slots * heads * 8 // 16) * 16
+    rows = workspace.ptr + 4 * COUNTERS
+    acc = rows + slots * heads * 16
     f32 = np.dtype(np.float32)
     parts = [
         Array(pointer, (count,), (1,), dtype, workspace.device, workspace.obj)
         for pointer, count, dtype in (
             (acc, slots * heads * dim, f32),
-            (tops, slots * heads * 2, f32),
+            (rows, slots * heads * 4, f32),
             (workspace.ptr, min(COUNTERS, workspace.nbytes // 4), np.dtype(np.int32)),
         )
     ]

@@ -133,7 +133,7 @@ def batch_decode(
         stream = stream_for(device, q, kv_ptrs)
         if space is None:
             chunks = batch + tables[0].shape[0] * page_size // _attention_plan.CHUNK_MIN * 2
-            need = 4 * _attention_plan.COUNTERS + 16 + chunks * qa.shape[1] * (qa.shape[2] + 2) * 4
+            need = 4 * _attention_plan.COUNTERS + chunks * qa.shape[1] * (qa.shape[2] + 4) * 4
             space = _workspace.for_stream(device, stream, min(need, _workspace.NBYTES))
         lse_view = None if lse is None else view("lse", lse)
         facts = _jit.device_facts(device)

@@ -158,7 +158,7 @@ def test_matrices_come_as_fragments(kernels: engines.Engine) -> None:
 
 @pytest.mark.parametrize("blocks", [1, 7, 300])
 def test_the_last_block_sees_what_the_others_wrote(kernels: engines.Engine, blocks: int) -> None:
-    parts, arrived = kernels.array(np.zeros(blocks, np.float32)), kernels.array(np.zeros(1, np.int32))
+    parts, arrived = kernels.array(np.zeros((blocks, 4), np.float32)), kernels.array(np.zeros(1, np.int32))
     out = kernels.array(np.zeros(1, np.float32))
     for _ in range(2):
         launch(kernels, "last_adds", parts, arrived, out, grid=blocks, shared=16)

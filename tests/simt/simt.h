@@ -201,6 +201,7 @@ inline float __int_as_float(int v) { return simt_bits<float>(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline void sincospif(float v, float* s, float* c) {
     const double pi = 3.14159265358979323846;
     *s = static_cast<float>(std::sin(pi * v));
