@@ -2,7 +2,7 @@
 
 ``sys.modules["punica_kernels"] = cupy_lora.punica_kernels`` is enough for code that calls the
 extension. Outputs are written in place, on the caller's stream. Differences: any rank, width,
-page size and head_dim that is a multiple of 8; results are rounded once; NumPy arrays work
+page size, and head_dim that is a multiple of 8 (16 in attention); results are rounded once; NumPy arrays work
 too; scratch buffers are accepted at any size and not used.
 
 A matrix behind a pointer must start at a multiple of 16 bytes, as every allocation does. A
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _env, _jit, _punica_plan, norm, paged_kv
+from . import _env, _jit, _punica_plan, attention, norm, paged_kv
 from ._arrays import (
     CPU,
     FLOATS,
@@ -59,14 +59,10 @@ def batch_prefill(
     num_kv_heads: int,
     page_size: int,
 ) -> None:
-    """Paged attention is not part of this version.
-
-    Raises
-    ------
-    NotImplementedError
-        Always.
-    """
-    raise NotImplementedError("punica_kernels.batch_prefill: paged attention is not part of this version of cupy_lora")
+    """Causal attention into ``o``, queries and keys rotated (theta 1e4); see :func:`cupy_lora.batch_prefill`."""
+    del tmpbuf
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    attention.batch_prefill(q, qo_indptr, kv_ptrs, kv_indptr, last_page_offset, *sizes, out=o)
 
 
 def batch_decode(
@@ -81,14 +77,10 @@ def batch_decode(
     num_kv_heads: int,
     page_size: int,
 ) -> None:
-    """Paged attention is not part of this version.
-
-    Raises
-    ------
-    NotImplementedError
-        Always.
-    """
-    raise NotImplementedError("punica_kernels.batch_decode: paged attention is not part of this version of cupy_lora")
+    """Attention of each sequence's last position into ``o``, rotated; see :func:`cupy_lora.batch_decode`."""
+    del tmpbuf
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    attention.batch_decode(q, kv_ptrs, kv_indptr, last_page_offset, *sizes, out=o)
 
 
 def init_kv(

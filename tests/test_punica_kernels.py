@@ -203,10 +203,57 @@ def test_norm_and_kv_are_the_librarys(engine: Engine):
     tolerance.assert_same_bits(held[1, 0, :, 0, 0], np.stack([k[0, 0], v[0, 0]]))
 
 
-def test_attention_says_that_it_is_not_there():
-    for name in ("batch_prefill", "batch_decode"):
-        with pytest.raises(NotImplementedError, match=f"punica_kernels.{name}: paged attention is not part"):
-            getattr(punica_kernels, name)(*[None] * len(PARAMETERS[name].split()))
+def attention_by_loops(q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int) -> np.ndarray:
+    """One query (heads, dim) at ``position`` over the keys up to it, rotated with theta 1e4, in float64."""
+    heads, dim = q.shape
+    half = dim // 2
+
+    def rotated(x: np.ndarray, at: int) -> np.ndarray:
+        angle = at / 1e4 ** (np.arange(half) / half)
+        first, second = x[..., :half], x[..., half:]
+        turned = (first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle))
+        return np.concatenate(turned, axis=-1)
+
+    out = np.empty((heads, dim))
+    group = heads // keys.shape[1]
+    for head in range(heads):
+        query = rotated(q[head], position)
+        scores = np.array([query @ rotated(keys[j, head // group], j) for j in range(position + 1)]) / dim**0.5
+        weights = np.exp(scores - scores.max())
+        out[head] = (weights / weights.sum()) @ values[: position + 1, head // group]
+    return out
+
+
+def test_attention_is_causal_and_rotated(engine: Engine):
+    """Both functions over two sequences; the prefill's are the last 3 of 9 and all 4 of 4 positions."""
+    rng = np.random.default_rng(1)
+    heads, kv_heads, dim, page, lengths, new = 4, 2, 64, 4, [9, 4], [3, 4]
+    keys, values = rng.standard_normal((2, sum(lengths), kv_heads, dim)).astype(F16)
+    pages = engine.array(np.zeros((4, 2, 2, kv_heads, page, dim), F16))
+    base, step = _arrays.view("pages", pages).ptr, 2 * 2 * kv_heads * page * dim * 2
+    host = (np.array([base + step * at for at in (2, 0, 3, 1)], np.int64), np.array([0, 3, 4], np.int32))
+    tables = [engine.array(table) for table in (*host, np.array([1, 4], np.int32))]
+    sizes = (2, 1, kv_heads, page)
+    starts = engine.array(np.array([0, 9, 13], np.int32))
+    punica_kernels.init_kv(*tables, engine.array(keys), engine.array(values), starts, *sizes)
+    q = rng.standard_normal((sum(new), heads, dim)).astype(F16)
+    o, tmp = engine.array(np.full_like(q, np.nan)), engine.array(np.zeros(1, np.uint8))
+    indptr = engine.array(np.array([0, 3, 7], np.int32))
+    assert punica_kernels.batch_prefill(o, engine.array(q), indptr, *tables, tmp, *sizes) is None
+    wide = [x.astype(np.float64) for x in (q, keys, values)]
+    exact = np.empty(q.shape)
+    for i, first in enumerate((0, 9)):
+        for j in range(new[i]):
+            row, position = (0, 3)[i] + j, lengths[i] - new[i] + j
+            span = slice(first, first + lengths[i])
+            exact[row] = attention_by_loops(wide[0][row], wide[1][span], wide[2][span], position)
+    # Weights are rounded to 16 bits on the tensor cores: a unit of the largest value, not of the sum.
+    magnitude = np.full(q.shape, float(np.abs(values).max()) * 2.0**12)
+    tolerance.assert_close(engine.numpy(o), exact, magnitude, 1, "batch_prefill")
+    last = q[[2, 6]]
+    o = engine.array(np.full_like(last, np.nan))
+    assert punica_kernels.batch_decode(o, engine.array(last), *tables, tmp, *sizes) is None
+    tolerance.assert_close(engine.numpy(o), exact[[2, 6]], magnitude[:2], 1, "batch_decode")
 
 
 @pytest.mark.parametrize(
