@@ -19,6 +19,7 @@ import numpy as np
 from . import _env, _jit, _punica_plan, attention, norm, paged_kv
 from ._arrays import (
     CPU,
+    FLOAT32,
     FLOATS,
     HALVES,
     INT64,
@@ -32,6 +33,7 @@ from ._arrays import (
     view,
 )
 from ._lora_checks import MAX_RANK, check_segments, debug_slots, host_copy, indices, integer, real, rows
+from ._plans import Plans
 
 __all__ = [
     "append_kv",
@@ -145,25 +147,32 @@ def dispatch_bgmv(y: Any, x: Any, w_ptr: Any, indicies: Any, layer_idx: int, sca
     ValueError
         For shapes that disagree, rows that are not contiguous, a rank above 1024, or arrays on different devices.
     """
-    ya, xa, dtype = _matrices(y, x, _punica_plan.phase_of)
-    tokens = xa.shape[0]
-    pointers = _pointers(w_ptr)
-    slots = indices("indicies", indicies, tokens)
-    layer_idx = integer("layer_idx", layer_idx, 0)
-    scale = real("scale", scale)
-    device = same_device(y=ya, x=xa, w_ptr=pointers, indicies=slots)
-    debug_slots("indicies", slots, pointers.shape[0])
-    if _env.DEBUG.on:
-        used = np.unique(host_copy(slots))
-        _debug_pointers(pointers, used[used >= 0])
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import punica
+    ya, xa, pointers, slots = arrays = view("y", y), view("x", x), view("w_ptr", w_ptr), view("indicies", indicies)
+    key = _plans.key(arrays, "bgmv", layer_idx, scale)
+    kept = _plans.find(key, arrays)
+    if kept is not None and abs(ya.ptr - xa.ptr) >= kept.reach:
+        launch = kept.launch(arrays)
+    else:
+        dtype = _check_matrices(ya, xa)
+        _check_pointers(pointers)
+        indices("indicies", slots, xa.shape[0])
+        layer_idx = integer("layer_idx", layer_idx, 0)
+        scale = real("scale", scale)
+        device = same_device(y=ya, x=xa, w_ptr=pointers, indicies=slots)
+        debug_slots("indicies", slots, pointers.shape[0])
+        if _env.DEBUG.on:
+            used = np.unique(host_copy(slots))
+            _debug_pointers(pointers, used[used >= 0])
+        if device == CPU and not _jit.has_host_runner():
+            from .reference import punica
 
-        punica.dispatch_bgmv(ya.numpy(), xa.numpy(), pointers.numpy(), slots.numpy(), layer_idx, scale, dtype)
-    elif tokens:
-        facts = _jit.device_facts(device)
-        launch = _punica_plan.bgmv(ya, xa, pointers, slots, layer_idx, scale, dtype, facts)
-        _jit.run(launch, device, stream_for(device, y, x))
+            punica.dispatch_bgmv(ya.numpy(), xa.numpy(), pointers.numpy(), slots.numpy(), layer_idx, scale, dtype)
+            return
+        if xa.shape[0] == 0:
+            return
+        launch = _punica_plan.bgmv(ya, xa, pointers, slots, layer_idx, scale, dtype, _jit.device_facts(device))
+        _plans.keep(key, launch, arrays)
+    _jit.run(launch, ya.device, stream_for(ya.device, y, x))
 
 
 def sgmv_cutlass(y: Any, x: Any, w_ptr: Any, s_start: Any, s_end: Any, tmp: Any, layer_idx: int) -> None:
@@ -222,60 +231,72 @@ def sgmv_cutlass_tmp_size(num_problems: int) -> int:
 
 
 # ---- what they share ----------------------------------------------------------------------------
+_plans = Plans()
+
+
 def _sgmv(y: Any, x: Any, w_ptr: Any, s_start: Any, s_end: Any, layer_idx: int, *, transposed: bool) -> None:
-    ya, xa, dtype = _matrices(y, x, _punica_plan.phase_of)
-    phase = _punica_plan.phase_of(xa.shape[1], ya.shape[1])
-    pointers = _pointers(w_ptr)
-    segments = pointers.shape[0]
-    starts, ends = indices("s_start", s_start, segments), indices("s_end", s_end, segments)
-    layer_idx = integer("layer_idx", layer_idx, 0)
-    device = same_device(y=ya, x=xa, w_ptr=pointers, s_start=starts, s_end=ends)
-    if _env.DEBUG.on:
-        first, last = host_copy(starts).astype(np.int64), host_copy(ends).astype(np.int64)
-        check_segments("s_start", first, "s_end - s_start", last - first, xa.shape[0])
-        _debug_pointers(pointers, np.flatnonzero(last > first))
-    if device == CPU and not _jit.has_host_runner():
-        from .reference import punica
+    ya, xa, pointers = view("y", y), view("x", x), view("w_ptr", w_ptr)
+    starts, ends = view("s_start", s_start), view("s_end", s_end)
+    arrays = (ya, xa, pointers, starts, ends)
+    key = _plans.key(arrays, "sgmv", layer_idx, transposed)
+    kept = _plans.find(key, arrays)
+    if kept is not None and abs(ya.ptr - xa.ptr) >= kept.reach:
+        launch = kept.launch(arrays)
+    else:
+        dtype = _check_matrices(ya, xa)
+        _check_pointers(pointers)
+        segments = pointers.shape[0]
+        indices("s_start", starts, segments)
+        indices("s_end", ends, segments)
+        layer_idx = integer("layer_idx", layer_idx, 0)
+        device = same_device(y=ya, x=xa, w_ptr=pointers, s_start=starts, s_end=ends)
+        if _env.DEBUG.on:
+            first, last = host_copy(starts).astype(np.int64), host_copy(ends).astype(np.int64)
+            check_segments("s_start", first, "s_end - s_start", last - first, xa.shape[0])
+            _debug_pointers(pointers, np.flatnonzero(last > first))
+        if device == CPU and not _jit.has_host_runner():
+            from .reference import punica
 
-        tables = pointers.numpy(), starts.numpy(), ends.numpy()
-        punica.sgmv(ya.numpy(), xa.numpy(), *tables, layer_idx, dtype, transposed)
-    elif xa.shape[0] and segments:
+            tables = pointers.numpy(), starts.numpy(), ends.numpy()
+            punica.sgmv(ya.numpy(), xa.numpy(), *tables, layer_idx, dtype, transposed)
+            return
+        if xa.shape[0] == 0 or segments == 0:
+            return
         facts = _jit.device_facts(device)
-        launch = _punica_plan.sgmv(
-            ya, xa, pointers, starts, ends, layer_idx, dtype, facts, phase=phase, transposed=transposed
-        )
-        _jit.run(launch, device, stream_for(device, y, x))
+        phase = _punica_plan.phase_of(xa.shape[1], ya.shape[1])
+        launch = _punica_plan.sgmv(*arrays, layer_idx, dtype, facts, phase=phase, transposed=transposed)
+        _plans.keep(key, launch, arrays)
+    _jit.run(launch, ya.device, stream_for(ya.device, y, x))
 
 
-def _matrices(y: Any, x: Any, phase_of: Any) -> tuple[Array, Array, np.dtype[Any]]:
-    """Checked y and x, and the dtype of the weights between them."""
-    ya, xa = rows("y", y), rows("x", x)
-    check_dtype("y", ya, FLOATS)
-    check_dtype("x", xa, FLOATS)
-    check_shape("y", ya, (xa.shape[0], "out"))
-    width_in, width_out = xa.shape[1], ya.shape[1]
-    if min(width_in, width_out) < 1 or min(width_in, width_out) > MAX_RANK:
+def _check_matrices(y: Array, x: Array) -> np.dtype[Any]:
+    """The dtype of the weights between x and y; an error where they do not go together."""
+    rows("y", y)
+    rows("x", x)
+    check_dtype("y", y, FLOATS)
+    check_dtype("x", x, FLOATS)
+    check_shape("y", y, (x.shape[0], "out"))
+    width_in, width_out = x.shape[1], y.shape[1]
+    if not 1 <= min(width_in, width_out) <= MAX_RANK:
         raise ValueError(
             f"x: expected a rank (the smaller width) in 1 .. {MAX_RANK}, got widths {width_in} and {width_out}"
         )
-    if xa.dtype in HALVES:
-        check_dtype("y", ya, (xa.dtype, FLOATS[-1]))
-        dtype = xa.dtype
+    if x.dtype in HALVES:
+        check_dtype("y", y, (x.dtype, FLOAT32))
+        dtype = x.dtype
     else:
-        if phase_of(width_in, width_out) == _punica_plan.SHRINK:
-            check_dtype("x", xa, HALVES)
-        check_dtype("y", ya, HALVES)
-        dtype = ya.dtype
-    check_no_overlap("y", ya, x=xa)
-    return ya, xa, dtype
+        if _punica_plan.phase_of(width_in, width_out) == _punica_plan.SHRINK:
+            check_dtype("x", x, HALVES)
+        check_dtype("y", y, HALVES)
+        dtype = y.dtype
+    check_no_overlap("y", y, x=x)
+    return dtype
 
 
-def _pointers(w_ptr: Any) -> Array:
-    array = view("w_ptr", w_ptr)
+def _check_pointers(array: Array) -> None:
     check_dtype("w_ptr", array, (INT64,))
     check_shape("w_ptr", array, ("slots",))
     check_contiguous("w_ptr", array)
-    return array
 
 
 def _debug_pointers(pointers: Array, used: np.ndarray) -> None:
