@@ -23,7 +23,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 token = blockIdx.x / kCluster;
     const Index slot = indices[token];
-    const Tile tile{0, 1, nullptr, token, 0};
+    const Tile tile = tile_of_run(token, 1);
     if (!stack.has(slot)) {
         shrink_nothing(tile, out, out_stride);
         return;
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     const i64 token = blockIdx.x / kCluster;
     const Index slot = indices[token];
     if (stack.has(slot)) {
-        expand_tile(Tile{0, 1, nullptr, token, 0}, v, v_stride, stack.at(slot), out, out_stride, scale, shared);
+        expand_tile(tile_of_run(token, 1), v, v_stride, stack.at(slot), out, out_stride, scale, shared);
     }
 }
 #endif

@@ -24,8 +24,8 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
         ExpandStaged<kRank, N> expand;
-        expand.request(ex.stages, tile, y, layer.y_stride, w.b);
-        shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x_row, w.a, kRank);
+        shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x_row, w.a, kRank,
+                                                  [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b); });
         __syncthreads();
         exchange_parts<kWidth>(ex, tile.rows);
         expand.finish([&](int rank) {
@@ -49,15 +49,22 @@ struct Block {
 #endif
 };
 
+#if TILE_ROWS > 8
+using Rows = RingTile;
+#else
+using Rows = Tile;
+#endif
+
 template <int kRank, int N>
-CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
+CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Rows& tile, const Record& w, Out* y) {
 #if TILE_ROWS > 8
     if constexpr (kStaged<kRank>) {
         ring_tile<kRank, N>(block.ring, block.ex, block.local, layer, tile, w, y);
     } else {
         for (int first = 0; first < tile.rows; first += 8) {
             const int rows = tile.rows - first < 8 ? tile.rows - first : 8;
-            direct_tile<kRank, N>(block.ex, layer, Tile{tile.slot, rows, tile.list + first, 0, tile.tokens}, w, y);
+            const Tile eight = tile_of_list(tile.list[first + threadIdx.x % 8], rows, tile.tokens);
+            direct_tile<kRank, N>(block.ex, layer, eight, w, y);
             __syncthreads();  // the next rows' parts overwrite these
         }
     }
@@ -68,7 +75,7 @@ CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Tile& tile
 
 // Picks the code for this tile's rank.
 template <int N, int kAt = 0>
-CUPY_LORA_DEVICE void tile_of_rank(Block& block, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
+CUPY_LORA_DEVICE void tile_of_rank(Block& block, const Layer& layer, const Rows& tile, const Record& w, Out* y) {
     if constexpr (kAt < kRankCount) {
         if ((!kAnyRank && kRankCount == kAt + 1) || w.rank == kRanks[kAt]) {
             tile_of<kRanks[kAt], N>(block, layer, tile, w, y);
@@ -82,7 +89,7 @@ CUPY_LORA_DEVICE void tile_of_rank(Block& block, const Layer& layer, const Tile&
 
 // Picks the code for this slice's width: slices of one width share it.
 template <int kAt = 0>
-CUPY_LORA_DEVICE void tile_of_slice(Block& block, const Layer& layer, const Tile& tile, const Record& w, Out* y,
+CUPY_LORA_DEVICE void tile_of_slice(Block& block, const Layer& layer, const Rows& tile, const Record& w, Out* y,
                                     int width) {
     constexpr bool kLast = [] {
         for (int i = kAt + 1; i < kSlices; ++i) {
@@ -114,27 +121,31 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     const int step = static_cast<int>(gridDim.x) / kCluster;
     // The first record is read beside the count, not after it: the grid is within the capacity.
     const i32* record = tiles + static_cast<i64>(at) * kStride;
-    int2 head = *reinterpret_cast<const int2*>(record);
-    const int count = *tile_count;
-    Block block;
+    int2 head = ptx::load_int2(record);
+    int listed = ptx::load_int(record + 8 + threadIdx.x % 8);
+    const int count = ptx::load_int(tile_count);
 #if TILE_ROWS > 8
     unsigned char* const remote = shared + 128 + kReceivedBytes;
-    block.local = remote + kRingRemoteBytes;
-    block.ex = exchange_start(shared, shared + 128, block.local);
-    block.ring = ring_start(shared + 16, remote);
+    Block block{exchange_start(shared, shared + 128, remote + kRingRemoteBytes), ring_start(shared + 16, remote),
+                remote + kRingRemoteBytes};
 #else
-    block.ex = exchange_start(shared);
+    Block block{exchange_start(shared)};
 #endif
     if (at >= count) return;
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
     while (true) {
-        const Tile tile{head.x, head.y, record + 8, 0, tokens};
-        const Record w = table[static_cast<i64>(head.x) * kSlices + slice];
+        const Record w = load_record(table + static_cast<i64>(head.x) * kSlices + slice);
+#if TILE_ROWS > 8
+        const Rows tile{head.y, record + 8, tokens};
+#else
+        const Rows tile = tile_of_list(listed, head.y, tokens);
+#endif
         if (w.rank > 0) tile_of_slice(block, layer, tile, w, y + offset, width);
         at += step;
         if (at >= count) break;
         record = tiles + static_cast<i64>(at) * kStride;
-        head = *reinterpret_cast<const int2*>(record);
+        head = ptx::load_int2(record);
+        listed = ptx::load_int(record + 8 + threadIdx.x % 8);
         __syncthreads();  // the next tile's parts overwrite this one's
     }
     if constexpr (kCluster > 1) {

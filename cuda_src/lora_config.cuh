@@ -83,23 +83,44 @@ struct __align__(16) Record {
     i64 spare;
 };
 
-// Rows of one adapter: up to kTileRows of them, in a list or one after another.
-struct Tile {
-    int slot;
-    int rows;
-    const i32* list;  // of `rows` row numbers, kTileRows of them readable; null: first, first + 1, ...
-    i64 first;
-    i32 tokens;  // of a list: rows from here on are not the caller's (a graph may be replayed with another batch)
+// All of it at once: a plain copy would be loaded field by field, the pointers behind the branch on the rank.
+CUPY_LORA_DEVICE Record load_record(const Record* from) {
+    const uint4 pointers = ptx::load_once_16(from), rest = ptx::load_once_16(reinterpret_cast<const uint4*>(from) + 1);
+    Record r;
+    r.a = reinterpret_cast<const Half*>(static_cast<u64>(pointers.y) << 32 | pointers.x);
+    r.b = reinterpret_cast<const Half*>(static_cast<u64>(pointers.w) << 32 | pointers.z);
+    r.rank = static_cast<i32>(rest.x);
+    r.scale = __uint_as_float(rest.y);
+    r.spare = 0;
+    return r;
+}
 
-    // Row `i` of the tile; past its end, some row that is safe to read.
-    CUPY_LORA_DEVICE i64 row(int i) const {
-        if (!list) return first + (i < rows ? i : rows - 1);
-        const int listed = list[i], safe = list[0];  // both at once: no load waits for `rows`
-        const int chosen = i < rows ? listed : safe;
-        return chosen < tokens ? chosen : 0;
-    }
-    CUPY_LORA_DEVICE bool writes(int i) const { return i < rows && (!list || list[i] < tokens); }
+// Up to 8 rows of one adapter. Lane i % 8 of each warp holds row i, so that one load serves all who ask:
+// every lane of the warp must.
+struct Tile {
+    int rows;
+    int own;      // row of this lane, from `first` on; of a missing row, one that is safe to read
+    u32 written;  // bit i: row i exists
+    i64 first;
+
+    CUPY_LORA_DEVICE i64 row(int i) const { return first + __shfl_sync(0xffffffffu, own, i); }
+    CUPY_LORA_DEVICE bool writes(int i) const { return written >> i & 1; }
 };
+
+// Rows first, first + 1, ...
+CUPY_LORA_DEVICE Tile tile_of_run(i64 first, int rows) {
+    const int i = threadIdx.x % 8;
+    return Tile{rows, i < rows ? i : 0, (1u << rows) - 1, first};
+}
+
+// Rows that a list names, `listed` being its entry of this lane. Those from `tokens` on are not the caller's: a
+// graph may be replayed with another batch.
+CUPY_LORA_DEVICE Tile tile_of_list(int listed, int rows, i32 tokens) {
+    const int i = threadIdx.x % 8, safe = __shfl_sync(0xffffffffu, listed, 0);
+    const int chosen = i < rows ? listed : safe;
+    const u32 written = __ballot_sync(0xffffffffu, i < rows && chosen < tokens) & 0xffu;
+    return Tile{rows, chosen < tokens ? chosen : 0, written, 0};
+}
 
 // What every tile of a fused layer shares.
 struct Layer {

@@ -150,8 +150,11 @@ CUPY_LORA_DEVICE float4 exchanged(const Exchange& ex, int token, int rank) {
 // This warp's leaves of x times kBlocks * 16 rows of A, into `parts`. `ranks`: rows of A that exist.
 // Leaves are taken in batches whose loads are in flight together, kBudget registers of them; what does not
 // fit in one batch is a run-time loop, which keeps the compiler from holding more.
-template <int kBlocks, int kBudget>
-CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const Half* a, int ranks) {
+// `then` is called once the first batch is requested: what is needed later is requested behind it. The sums start
+// from a zero that is read from shared memory after that, because the assembler would otherwise put the first
+// products, and their wait for x and A, ahead of copies that nothing seems to need.
+template <int kBlocks, int kBudget, class Then>
+CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const Half* a, int ranks, const Then& then) {
     constexpr int kWidth = 16 * kBlocks;
     constexpr int kMine = kLeaves / (kCluster * kWarps);  // leaves per warp
     constexpr int kSteps = Leaf<kIn>::kSteps;
@@ -180,6 +183,9 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
         x_at += 32 * steps, a_at += 32 * steps * kAColumn, left -= 32 * steps;
     };
 
+    volatile float* const zero_at = ex.parts + threadIdx.x;
+    *zero_at = 0.f;
+    float zero = 0.f;
     Tree<kMine / kLeavesAt, kBlocks> tree;
 #pragma unroll 1
     for (int batch = 0; batch < kMine / kLeavesAt; ++batch) {
@@ -189,9 +195,13 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
             uint4 xs[kLeavesAt * kSteps], as[kLeavesAt * kSteps][kBlocks][2];
 #pragma unroll
             for (int i = 0; i < kLeavesAt * kSteps; ++i) load(i, xs[i], as[i]);
+            if (batch == 0) {
+                then();
+                zero = *zero_at;
+            }
 #pragma unroll
             for (int i = 0; i < kLeavesAt * kSteps; ++i) {
-                if (i % kSteps == 0) inner.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
+                if (i % kSteps == 0) inner.each([&](int b, int m, int e) { sum[b][m][e] = zero; });
 #pragma unroll
                 for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], as[i][b][0], as[i][b][1], xs[i]);
                 if (i % kSteps == kSteps - 1) inner.push(i / kSteps, sum);
@@ -206,6 +216,7 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
                 for (int i = 0; i < kStepsAt; ++i) {
                     if (start + i < kSteps) load(i, xs[i], as[i]);
                 }
+                if (batch == 0 && start == 0) then();
 #pragma unroll
                 for (int i = 0; i < kStepsAt; ++i) {
                     if (start + i < kSteps) {
@@ -233,7 +244,7 @@ template <int kWidth, int kBudget>
 CUPY_LORA_DEVICE void shrink_chunks(Exchange& ex, const Half* x_row, const Half* a, int rank, int rows) {
 #pragma unroll 1
     for (int first = 0; first < rank; first += kWidth) {
-        shrink_leaves<kWidth / 16, kBudget>(ex, x_row, a + static_cast<i64>(first) * kARow, rank - first);
+        shrink_leaves<kWidth / 16, kBudget>(ex, x_row, a + static_cast<i64>(first) * kARow, rank - first, [] {});
         __syncthreads();
         exchange_parts<kWidth>(ex, rows);
 #pragma unroll 1

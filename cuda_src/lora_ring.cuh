@@ -68,6 +68,20 @@ CUPY_LORA_DEVICE float4 ring_part(const float* parts, int token, int rank) {
     });
 }
 
+// The rows of a tile, as Tile of lora_config.cuh has them, from the list itself.
+struct RingTile {
+    int rows;
+    const i32* list;
+    i32 tokens;
+
+    CUPY_LORA_DEVICE i64 row(int i) const {
+        const int listed = list[i], safe = list[0];  // both at once: no load waits for `rows`
+        const int chosen = i < rows ? listed : safe;
+        return chosen < tokens ? chosen : 0;
+    }
+    CUPY_LORA_DEVICE bool writes(int i) const { return i < rows && list[i] < tokens; }
+};
+
 constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
     int widest = 16;
     for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
@@ -128,7 +142,7 @@ CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float*
 }
 
 template <int kRank, int N>
-CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* local, const Layer& layer, const Tile& tile,
+CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* local, const Layer& layer, const RingTile& tile,
                                 const Record& w, Out* y) {
     using S = RingShape<kRank>;
     constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;

@@ -145,6 +145,28 @@ CUPY_LORA_DEVICE uint4 load_once_16(const void* p) {
 #endif
 }
 
+// One and two ints, where they stand in the program: a plain load may be moved behind a branch that it could
+// have overlapped.
+CUPY_LORA_DEVICE int load_int(const void* p) {
+#ifndef CUPY_LORA_SIMT
+    int v;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+#else
+    return *static_cast<const int*>(p);
+#endif
+}
+
+CUPY_LORA_DEVICE int2 load_int2(const void* p) {
+#ifndef CUPY_LORA_SIMT
+    int2 v;
+    asm volatile("ld.global.v2.s32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+#else
+    return *static_cast<const int2*>(p);
+#endif
+}
+
 CUPY_LORA_DEVICE uint2 load_once_8(const void* p) {
 #ifndef CUPY_LORA_SIMT
     uint2 v;

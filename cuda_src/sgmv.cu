@@ -51,7 +51,7 @@ __launch_bounds__(kThreads, MIN_BLOCKS)
         const bool present = stack.has(slot);
         for (i64 row = start + static_cast<i64>(blockIdx.x / kCluster) * kTileRows; row < end; row += step) {
             const int rows = end - row < kTileRows ? static_cast<int>(end - row) : kTileRows;
-            const Tile tile{0, rows, nullptr, row, 0};
+            const Tile tile = tile_of_run(row, rows);
 #if PHASE == 1
             if (present) {
                 shrink_tile(ex, tile, x, x_stride, stack.at(slot), out, out_stride, scale);

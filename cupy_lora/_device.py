@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -64,3 +66,19 @@ def filled(shape: tuple[int, ...], dtype: np.dtype[Any], device: int, value: int
 def capturing(stream: Any) -> bool:
     """Whether work on this stream is being captured into a graph."""
     return bool(_jit._cupy().cuda.runtime.streamIsCapturing(stream.ptr))
+
+
+@contextlib.contextmanager
+def on(device: int, stream: Any) -> Iterator[Any]:
+    """CuPy with this device and stream as the current ones.
+
+    Not ``with stream:``, which forgets a stream that the caller has chosen by ``Stream.use()``.
+    """
+    cupy = _jit._cupy()
+    with cupy.cuda.Device(device):
+        before = cupy.cuda.get_current_stream(device)
+        stream.use()
+        try:
+            yield cupy
+        finally:
+            before.use()

@@ -325,8 +325,7 @@ class LoraWeights:
         return buffer, [None if pair is None else (stored(pair[0]), stored(pair[1])) for pair in pairs]
 
     def _store_on_gpu(self, sources: list[tuple[Array, int]], size: int, stream: Any) -> Any:
-        cupy = _jit._cupy()
-        with cupy.cuda.Device(self.device), stream:
+        with _device.on(self.device, stream) as cupy:
             buffer = _arrays.empty((size,), np.dtype(np.uint8), self.device)
             if all(matrix.device == CPU for matrix, _ in sources):
                 packed = np.zeros(size, np.uint8)
@@ -371,7 +370,7 @@ class LoraWeights:
             self.launches.clear()
         self._buffers[slot] = buffer
         # With copy=False the parts view the caller's memory and keep it alive.
-        self._kept[slot] = parts if buffer is None else ()
+        self._kept[slot] = tuple(part for part in parts if part is not None) if buffer is None else ()
 
     def _retire(self, memory: Any, stream: Any) -> None:
         """Keep replaced memory until every stream that may still read it has passed this point."""

@@ -146,7 +146,7 @@ def test_segments_give_the_bits_of_indices(engine: engines.Engine) -> None:
     starts, lengths, slots = cases.segments(data.indices)
     indptr = np.append(starts, case.tokens)
     assert np.array_equal(np.diff(indptr), lengths)
-    batch.update_segments(engine.array(indptr), engine.array(slots))
+    batch.update_segments(engine.array(indptr), engine.array(slots), num_tokens=case.tokens)
     by_segment = engine.array(data.y)
     add_lora(by_segment, engine.array(data.x), weights, batch)
     tolerance.assert_same_bits(engine.numpy(by_segment), engine.numpy(by_row))
@@ -410,3 +410,24 @@ def test_plans_are_kept_and_still_checked(kernels: engines.Engine) -> None:
     y = kernels.array(data.y)
     add_lora(y, x, weights, batch)
     cases.assert_added(kernels.numpy(y), mixed)
+
+
+@pytest.mark.gpu
+def test_a_stream_in_use_stays_in_use(gpu: engines.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Stream.use`` outlives every call of the library, the loop path included."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    data = cases.build(CASE)
+    stream.use()
+    try:
+        weights, batch = cases.load(data, gpu.device, gpu.array)
+        weights.load(0, data.a[0][0], data.b[0][0])
+        batch.update(data.indices)
+        add_lora(gpu.array(data.y), gpu.array(data.x), weights, batch)
+        monkeypatch.setenv("DISABLE_SGMV", "1")
+        batch.update(data.indices)
+        add_lora(gpu.array(data.y), gpu.array(data.x), weights, batch)
+        assert cupy.cuda.get_current_stream().ptr == stream.ptr
+    finally:
+        cupy.cuda.Stream.null.use()
