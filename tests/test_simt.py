@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import engines
 import numpy as np
 import pytest
 from simt import runner
+from simt.devices import on_cpu
 from simt.runner import SimtError, alloc, patched
 
 import cupy_lora
 from cupy_lora import _jit
 
 pytestmark = pytest.mark.simt
-
-
-@contextlib.contextmanager
-def on_cpu(edge: str = "end", clusters: int | None = None, arch: int = 90) -> Iterator[engines.Simt]:
-    """The engine; ``clusters``: at most so many along x, so that each has to loop; ``arch`` 80: without clusters."""
-
-    def run(launch: _jit.Launch) -> None:
-        if clusters is not None:
-            x = min(launch.grid[0], clusters * launch.kernel.cluster)
-            launch = dataclasses.replace(launch, grid=(x, *launch.grid[1:]))
-        runner.run(launch)
-
-    engine, facts = engines.Simt(edge), _jit.DeviceFacts(arch, 108)
-    with (
-        _jit.host_runner(run),
-        mock.patch("cupy_lora._arrays.empty", engine.empty),
-        mock.patch("cupy_lora._jit.device_facts", return_value=facts),
-    ):
-        yield engine
 
 
 def rms_norm(rows: int, columns: int, *, edge: str = "end", clusters: int | None = None) -> None:
@@ -84,6 +65,29 @@ def schedule(tokens: int) -> None:
     np.testing.assert_array_equal(out, np.repeat(128.0 * (slots + 1)[:, None], 16, axis=1))
 
 
+def attention(queries: int, keys: int) -> None:
+    """Prefill of one sequence with one KV head, against the reference."""
+    rng = np.random.default_rng(4)
+    heads, dim, page = 2, 64, 16
+    count = -(-keys // page)
+    pages, q = (
+        rng.standard_normal(shape).astype(np.float16) for shape in ((count, 2, page, dim), (queries, heads, dim))
+    )
+    outs = []
+    for engine_of in (contextlib.nullcontext(engines.Numpy()), on_cpu()):
+        with engine_of as engine:
+            held = engine.array(pages)
+            address = held.__array_interface__["data"][0]
+            ptrs = address + np.arange(count, dtype=np.int64) * pages[0].nbytes
+            tables = [np.array([0, queries], np.int32), ptrs, np.array([0, count], np.int32)]
+            last = np.array([keys - (count - 1) * page], np.int32)
+            out = engine.array(np.full_like(q, np.nan))
+            arrays = [engine.array(table) for table in (*tables, last)]
+            cupy_lora.batch_prefill(engine.array(q), *arrays, 1, 0, 1, page, out=out, rope=None)
+            outs.append(out.astype(np.float64))
+    np.testing.assert_allclose(outs[1], outs[0], rtol=4e-3, atol=2e-3)
+
+
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """A change of a source, the run that must fail with it (and pass without), and what the report says."""
@@ -105,11 +109,17 @@ FAULTS = {
     "missing barrier before reuse": Fault(
         "norm.cu", (("sums + 32 * set", "sums"),), lambda: rms_norm(5, 4096, clusters=1), "a race"
     ),
-    "missing barrier before reuse, tiles": Fault(
-        "lora.cu",
-        (("        __syncthreads();  // the next tile's", "        // the next tile's"),),
-        lambda: add_lora(40, clusters=1, arch=80),
-        "a race",
+    "missing barrier before reuse, stages": Fault(
+        "attention_stage.cuh",
+        (("        __syncthreads();  // the tile has landed", "        // the tile has landed"),),
+        lambda: attention(40, 300),
+        ".",
+    ),
+    "wrong wait count, copies": Fault(
+        "attention_stage.cuh",
+        (("copy_async_wait<STAGES - 2>", "copy_async_wait<STAGES - 1>"),),
+        lambda: attention(40, 300),
+        ".",
     ),
     "wrong wait count": Fault(
         "lora_direct.cuh", (("rows * kWidth * 4 * kCluster", "rows * kWidth * 4"),), lambda: add_lora(5), "."

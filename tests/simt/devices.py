@@ -1,0 +1,45 @@
+"""The CPU runner as GPUs of another kind: without clusters, or so small that every block has to loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from unittest import mock
+
+import engines
+
+from cupy_lora import _jit
+
+from . import runner
+
+
+@contextlib.contextmanager
+def on_cpu(edge: str = "end", clusters: int | None = None, arch: int = 90) -> Iterator[engines.Simt]:
+    """The ``simt`` engine of the tests.
+
+    Parameters
+    ----------
+    edge : str
+        Where arrays lie in their pages in ascending thread order.
+    clusters : int
+        At most so many groups of CLUSTER blocks along x, and one along z, as if the GPU held no more.
+        Only for kernels that walk over their work with the grid's stride.
+    arch : int
+        Compute capability that the plans see: 80 is without clusters.
+    """
+
+    def run(launch: _jit.Launch) -> None:
+        x, y, z = launch.grid
+        if clusters is not None:
+            group = int(dict(launch.kernel.defines).get("CLUSTER", 1))  # kernels without barriers go by it too
+            launch = dataclasses.replace(launch, grid=(min(x, clusters * group), y, min(z, 1)))
+        runner.run(launch)
+
+    engine, facts = engines.Simt(edge), _jit.DeviceFacts(arch, 108)
+    with (
+        _jit.host_runner(run),
+        mock.patch("cupy_lora._arrays.empty", engine.empty),
+        mock.patch("cupy_lora._jit.device_facts", return_value=facts),
+    ):
+        yield engine
