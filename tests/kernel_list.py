@@ -226,33 +226,12 @@ def attention_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
         "d64-group32": shape(64, group=32),
         "d80-unaligned": shape(80, vectors=False),
         "d128-window-cap": shape(128, window=True, soft_cap=True),
+        "d96-group3-all": shape(96, group=3, window=True, soft_cap=True, vectors=False),
+        "d128-group16": shape(128, group=16),
+        "d256-group16-window-cap": shape(256, group=16, window=True, soft_cap=True),
         "d256-no_rope-f16": shape(256, rope=False, dtype=FLOAT16),
     }
     for name, one in shapes.items():
         yield f"decode-{name}", plan.decode_kernel(one, facts.arch)[0]
         yield f"prefill-{name}", plan.prefill_kernel(one, facts.arch)[0]
     yield "prefill-d128-all_keys", plan.prefill_kernel(shape(128, causal=False), facts.arch)[0]
-
-
-@family("_attention_plan")
-def attention_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
-    def shape(dim: int, group: int, page: int = 16, dtype: np.dtype[Any] = BFLOAT16, **more: Any) -> Any:
-        plain = {"rope": False, "causal": True, "window": False, "soft_cap": False, "vectors": True}
-        return plan.Shape(dim, group, 8, page, dtype, **{**plain, **more})
-
-    variants: tuple[dict[str, bool], ...] = ({}, {"rope": True})
-    every = {"rope": True, "window": True, "soft_cap": True}
-    found = [
-        shape(dim, group, **variant)
-        for dim, groups in ((64, (1, 8)), (96, (1, 3)), (128, (1, 4, 7, 16)), (256, (4, 16)))
-        for group in groups
-        for variant in variants
-    ]
-    found += [shape(dim, 4, **every) for dim in (96, 128, 256)]
-    found += [shape(128, 4, dtype=FLOAT16), shape(32, 2, page=1), shape(80, 20, page=7, vectors=False)]
-    found += [shape(128, 4, causal=False), shape(128, 2, vectors=False, **every)]
-    for one in found:
-        on = [name for name in ("rope", "window", "soft_cap", "causal", "vectors") if getattr(one, name)]
-        name = "-".join([f"d{one.dim}-g{one.group}-p{one.page_size}-{_SHORT[one.dtype.name]}", *on])
-        yield f"decode-{name}", plan.decode_kernel(one, facts.arch)[0]
-        yield f"prefill-{name}", plan.prefill_kernel(one, facts.arch)[0]
