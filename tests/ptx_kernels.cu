@@ -50,6 +50,14 @@ extern "C" __global__ void load_once(const uint4* in, uint4* out) {
     out[32 + i] = make_uint4(halves[0].x, halves[0].y, halves[1].x, halves[1].y);
 }
 
+// in: 32 pairs; out: the pairs, then their first halves.
+extern "C" __global__ void load_ints(const i32* in, i32* out) {
+    const u32 i = threadIdx.x;
+    const int2 pair = ptx::load_int2(in + 2 * i);
+    out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+    out[64 + i] = ptx::load_int(in + 2 * i);
+}
+
 // A ring of three stages over `steps` rows of blockDim.x vectors; rows from `valid` on come as zeros.
 extern "C" __global__ void copy_async(const uint4* in, uint4* out, i32 steps, i32 valid) {
     CUPY_LORA_SHARED(shared);

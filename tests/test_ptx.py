@@ -166,6 +166,13 @@ def test_the_last_block_sees_what_the_others_wrote(kernels: engines.Engine, bloc
         assert kernels.numpy(arrived)[0] == 0
 
 
+def test_loads_of_integers(kernels: engines.Engine) -> None:
+    values = np.random.default_rng(13).integers(-(1 << 31), 1 << 31, 64).astype(np.int32)
+    out = kernels.array(np.zeros(96, np.int32))
+    launch(kernels, "load_ints", kernels.array(values), out)
+    np.testing.assert_array_equal(kernels.numpy(out), np.concatenate([values, values[::2]]))
+
+
 @pytest.mark.parametrize(("steps", "valid"), [(1, 1), (2, 1), (7, 7), (8, 5), (3, 0)])
 def test_asynchronous_copies(kernels: engines.Engine, steps: int, valid: int) -> None:
     width = 64
