@@ -97,32 +97,30 @@ def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
 def choose_decode(dim: int, group: int, rope: bool, arch: int) -> TileConfig:
     """The block of decode: as many bytes under way as fit, two blocks a multiprocessor where they do.
 
-    The number of warps fixes the order of the sums, so it depends on head_dim and the architecture alone.
+    The number of warps fixes the order of the sums.
     """
     block_limit, limit = shared_limits(arch)
-    warps = 4 if dim <= 128 else 2
-    if limit < 128 << 10 and dim > 128:
-        warps = 1
-    best: tuple[int, TileConfig] | None = None
-    for resident in (1, 2, 3):
-        for stages in (2, 3, 4):
-            config = TileConfig(warps, 16 * warps, stages, 1, resident)
-            size = decode_shared_bytes(dim, group, rope, config)
-            if size > block_limit or resident * (size + _RESERVED) > limit:
-                continue
-            ahead = resident * (stages - 1) * config.tile
-            if best is None or (min(resident, 2), ahead) >= (min(best[1].resident, 2), best[0]):
-                best = ahead, config
-    if best is None:
-        raise ValueError(f"head_dim: expected one whose tiles fit in shared memory, got {dim}")
-    return best[1]
+    for warps in (4, 2, 1) if dim <= 128 else (2, 1):
+        best: tuple[tuple[int, int], TileConfig] | None = None
+        for resident in (1, 2, 3):
+            for stages in (2, 3, 4):
+                config = TileConfig(warps, 16 * warps, stages, 1, resident)
+                size = decode_shared_bytes(dim, group, rope, config)
+                if size > block_limit or resident * (size + _RESERVED) > limit:
+                    continue
+                rank = min(resident, 2), resident * (stages - 1)
+                if best is None or rank >= best[0]:
+                    best = rank, config
+        if best is not None:
+            return best[1]
+    raise ValueError(f"head_dim: expected one whose tiles fit in shared memory, got {dim}")
 
 
 @functools.cache
 def choose_prefill(dim: int, rope: bool, arch: int) -> TileConfig:
     """The block of prefill: 32 rows a warp where the accumulators fit in registers, the largest tile of keys."""
     block_limit, limit = shared_limits(arch)
-    blocks = 2 if dim <= 128 else 1
+    blocks = 2 if dim <= (128 if arch < 120 else 96) else 1  # more spill registers there
     for resident in (2, 1):
         for tile in (64, 32, 16):
             if tile * dim > 64 * 128 or (tile == 16 and resident == 2):
