@@ -183,7 +183,7 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
         x_at += 32 * steps, a_at += 32 * steps * kAColumn, left -= 32 * steps;
     };
 
-    volatile float* const zero_at = ex.parts + threadIdx.x;
+    volatile float* const zero_at = ex.parts + warp * 8 * (kWidth + 4) + lane;  // this warp's own: others may be ahead
     *zero_at = 0.f;
     float zero = 0.f;
     Tree<kMine / kLeavesAt, kBlocks> tree;

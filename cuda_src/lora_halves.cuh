@@ -43,7 +43,7 @@ CUPY_LORA_DEVICE void shrink_tile(Exchange& ex, const Tile& tile, const In* x, i
         const int token = quad / (kWidth / 4), rank = quad % (kWidth / 4) * 4;
         const float4 sum = exchanged<kWidth>(ex, token, rank);
         const float part[4] = {sum.x, sum.y, sum.z, sum.w};
-        Out* const to = out + tile.row(token) * out_stride + first + rank;
+        Out* const to = out + (tile.first + token) * out_stride + first + rank;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (first + rank + i < kRank) {
@@ -61,7 +61,7 @@ CUPY_LORA_DEVICE void shrink_nothing(const Tile& tile, Out* out, i64 out_stride)
         const int first = static_cast<int>(blockIdx.y) * kWidth, block = static_cast<int>(blockIdx.x) % kCluster;
         for (int at = block * kThreads + threadIdx.x; at < tile.rows * kWidth; at += kCluster * kThreads) {
             const int token = at / kWidth, rank = first + at % kWidth;
-            if (rank < kRank) out[tile.row(token) * out_stride + rank] = from_float<Out>(0.f);
+            if (rank < kRank) out[(tile.first + token) * out_stride + rank] = from_float<Out>(0.f);
         }
     }
 }
