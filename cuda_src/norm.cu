@@ -32,7 +32,8 @@ constexpr int PER_VEC = 16 / static_cast<int>(sizeof(T));  // elements of a vect
 constexpr int FULL_VECS = COLUMNS / PER_VEC;            // vectors of a row, the last partial one apart
 constexpr int TAIL = COLUMNS % PER_VEC;                 // elements of that one
 constexpr int REG_VECS = VECS;
-constexpr int ALL_VECS = VECS + SHARED_VECS + REREAD_VECS;
+constexpr int IN_SHARED = VECS + SHARED_VECS;           // end of the vectors that are held on the chip
+constexpr int ALL_VECS = IN_SHARED + REREAD_VECS;
 constexpr int ROWS = THREADS > 32 ? 1 : BLOCK / THREADS;  // of a block at a time
 constexpr int WARPS = ceil_div(THREADS, 32);              // of a row
 constexpr bool EVEN = FULL_VECS == ALL_VECS * THREADS;    // every thread has ALL_VECS whole vectors
@@ -89,15 +90,26 @@ CUPY_LORA_DEVICE void store_whole(void* p, const Vector& v) {
     }
 }
 
-// Elements of vector `index` that exist: PER_VEC, or fewer for the row's last, or none.
-CUPY_LORA_DEVICE int extent(int index) {
+// Where this thread is: its row of the block, and its first vector in that row.
+CUPY_LORA_DEVICE int row_of_block() { return ROWS == 1 ? 0 : static_cast<int>(threadIdx.x) / THREADS; }
+CUPY_LORA_DEVICE int first_vector() {
+    return ROWS == 1 ? static_cast<int>(threadIdx.x) : static_cast<int>(threadIdx.x) % THREADS;
+}
+
+// A thread's vector k of a row is at `mine` + k * STEP, where `mine` is its vector 0: one address, many immediates.
+constexpr int STEP = THREADS * PER_VEC;
+
+// Elements of this thread's vector k that exist: PER_VEC, or fewer for the row's last, or none.
+CUPY_LORA_DEVICE int extent(int k) {
+    const int index = first_vector() + k * THREADS;
     if (EVEN || index < FULL_VECS) return PER_VEC;
     return index == FULL_VECS ? TAIL : 0;
 }
 
-CUPY_LORA_DEVICE Vector load_vector(const T* row, int index) {
-    const int n = extent(index);
-    if (n == PER_VEC) return load_whole<ACCESS>(row + index * PER_VEC);
+CUPY_LORA_DEVICE Vector load_vector(const T* mine, int k) {
+    const int n = extent(k);
+    const T* const p = mine + k * STEP;
+    if (n == PER_VEC) return load_whole<ACCESS>(p);
     Vector v;
     v.quad = make_uint4(0, 0, 0, 0);
     if constexpr (TAIL != 0) {
@@ -105,9 +117,9 @@ CUPY_LORA_DEVICE Vector load_vector(const T* row, int index) {
         for (int i = 0; i < PER_VEC; ++i) {
             if (i < n) {
                 if constexpr (sizeof(T) == 2) {
-                    v.halves[i] = reinterpret_cast<const u16*>(row)[index * PER_VEC + i];
+                    v.halves[i] = reinterpret_cast<const u16*>(p)[i];
                 } else {
-                    v.words[i] = reinterpret_cast<const u32*>(row)[index * PER_VEC + i];
+                    v.words[i] = reinterpret_cast<const u32*>(p)[i];
                 }
             }
         }
@@ -115,10 +127,11 @@ CUPY_LORA_DEVICE Vector load_vector(const T* row, int index) {
     return v;
 }
 
-CUPY_LORA_DEVICE void store_vector(T* row, int index, const Vector& v) {
-    const int n = extent(index);
+CUPY_LORA_DEVICE void store_vector(T* mine, int k, const Vector& v) {
+    const int n = extent(k);
+    T* const p = mine + k * STEP;
     if (n == PER_VEC) {
-        store_whole<ACCESS>(row + index * PER_VEC, v);
+        store_whole<ACCESS>(p, v);
         return;
     }
     if constexpr (TAIL != 0) {
@@ -126,9 +139,9 @@ CUPY_LORA_DEVICE void store_vector(T* row, int index, const Vector& v) {
         for (int i = 0; i < PER_VEC; ++i) {
             if (i < n) {
                 if constexpr (sizeof(T) == 2) {
-                    reinterpret_cast<u16*>(row)[index * PER_VEC + i] = v.halves[i];
+                    reinterpret_cast<u16*>(p)[i] = v.halves[i];
                 } else {
-                    reinterpret_cast<u32*>(row)[index * PER_VEC + i] = v.words[i];
+                    reinterpret_cast<u32*>(p)[i] = v.words[i];
                 }
             }
         }
@@ -165,10 +178,10 @@ struct Weights {
     Vector v[QUADS];
 };
 
-CUPY_LORA_DEVICE Weights load_weights(const W* weight, int index) {
+CUPY_LORA_DEVICE Weights load_weights(const W* mine, int k) {
     Weights w;
-    const int n = extent(index);
-    const W* p = weight + index * PER_VEC;
+    const int n = extent(k);
+    const W* const p = mine + k * STEP;
     if (n == PER_VEC) {
 #pragma unroll
         for (int q = 0; q < Weights::QUADS; ++q) {
@@ -193,20 +206,48 @@ CUPY_LORA_DEVICE Weights load_weights(const W* weight, int index) {
     return w;
 }
 
-// One row's worth of one thread: what it read, the residual added where there is one.
-CUPY_LORA_DEVICE Vector take(const T* input, T* residual, int index) {
-    Vector v = load_vector(input, index);
-    if constexpr (FUSED) {
-        const Vector r = load_vector(residual, index);
-        float a[PER_VEC], b[PER_VEC];
-        unpack(v, a, T{});
-        unpack(r, b, T{});
+// What a thread reads for one vector. Loads come first and in batches: the store of a sum may, for all that
+// the compiler knows, write what a later load reads.
+struct Raw {
+    Vector input;
+    Vector residual;
+};
+
+CUPY_LORA_DEVICE Raw fetch(const T* input, const T* residual, int k) {
+    Raw raw;
+    raw.input = load_vector(input, k);
+    if constexpr (FUSED) raw.residual = load_vector(residual, k);
+    return raw;
+}
+
+// The vector to be normalised; the sum with the residual is rounded and stored here.
+CUPY_LORA_DEVICE Vector settle(const Raw& raw, T* residual, int k) {
+    if constexpr (!FUSED) return raw.input;
+    float a[PER_VEC], b[PER_VEC];
+    unpack(raw.input, a, T{});
+    unpack(raw.residual, b, T{});
 #pragma unroll
-        for (int i = 0; i < PER_VEC; ++i) a[i] += b[i];
-        v = pack(a, T{});
-        store_vector(residual, index, v);
+    for (int i = 0; i < PER_VEC; ++i) a[i] += b[i];
+    const Vector sum = pack(a, T{});
+    store_vector(residual, k, sum);
+    return sum;
+}
+
+// Calls use(k, vector k) for k of [BEGIN, END), loaded by load(k) in batches of 4.
+template <int BEGIN, int END, class Load, class Use>
+CUPY_LORA_DEVICE void in_batches(const Load& load, const Use& use) {
+#pragma unroll 1
+    for (int first = BEGIN; first < END; first += 4) {
+        decltype(load(0)) held[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (first + i < END) held[i] = load(first + i);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (first + i < END) use(first + i, held[i]);
+        }
     }
-    return v;
 }
 
 CUPY_LORA_DEVICE float sum_of_squares(const Vector& v) {
@@ -217,14 +258,14 @@ CUPY_LORA_DEVICE float sum_of_squares(const Vector& v) {
     return sum;
 }
 
-CUPY_LORA_DEVICE void give(T* out, int index, const Vector& v, const Weights& weights, float scale) {
+CUPY_LORA_DEVICE void give(T* out, int k, const Vector& v, const Weights& weights, float scale) {
     float f[PER_VEC], w[PER_VEC];
     unpack(v, f, T{});
 #pragma unroll
     for (int q = 0; q < Weights::QUADS; ++q) unpack(weights.v[q], w + q * (PER_VEC / Weights::QUADS), W{});
 #pragma unroll
     for (int i = 0; i < PER_VEC; ++i) f[i] = f[i] * scale * w[i];
-    store_vector(out, index, pack(f, T{}));
+    store_vector(out, k, pack(f, T{}));
 }
 
 // The sum over the threads of a row, the same bits in each; `set` alternates from call to call.
@@ -259,7 +300,7 @@ CUPY_LORA_DEVICE i64 row_offset(i64 row, i64 inner, const Strides& strides) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) rms_norm(const T* input, T* residual,
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) rms_norm(const T* input, T* residual,
                                                              const W* __restrict__ weight, T* out, i64 rows,
                                                              i64 inner, Strides input_strides,
                                                              Strides residual_strides, Strides out_strides,
@@ -268,90 +309,86 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) rms_norm(const T* input, 
     float* const sums = reinterpret_cast<float*>(shared);
     uint4* const kept = reinterpret_cast<uint4*>(shared + 256);
 
-    const int me = static_cast<int>(threadIdx.x) % THREADS;
+    const int me = first_vector();
     const i64 step = static_cast<i64>(gridDim.x) * ROWS;
     i64 first = static_cast<i64>(blockIdx.x) * ROWS;  // of this block's rows: the same in all its threads
+    weight += me * PER_VEC;
 
     Weights weights[KEEP_WEIGHT ? REG_VECS : 1];
-    Vector x[REG_VECS];
+    Raw raw[REG_VECS];  // of the row at hand, then of the next one
 
-    // Rows past the end go through the same shuffles with zeros.
-    auto load_row = [&](i64 block_row, Vector(&to)[REG_VECS]) {
-        const i64 row = block_row + static_cast<int>(threadIdx.x) / THREADS;
-        const bool valid = ROWS == 1 || row < rows;
-        const T* const in = input + row_offset(valid ? row : 0, inner, input_strides);
-        T* const res = FUSED ? residual + row_offset(valid ? row : 0, inner, residual_strides) : nullptr;
+    // Rows past the end go through the same shuffles with zeros; their addresses are row 0's.
+    auto valid_row = [&](i64 block_row) { return ROWS == 1 || block_row + row_of_block() < rows; };
+    auto mine = [&](auto* base, const Strides& strides, i64 block_row) {
+        const i64 row = valid_row(block_row) ? block_row + row_of_block() : 0;
+        return base + row_offset(row, inner, strides) + me * PER_VEC;
+    };
+    auto residual_of = [&](i64 block_row) { return FUSED ? mine(residual, residual_strides, block_row) : nullptr; };
+    auto load_row = [&](i64 block_row) {
+        const T* const in = mine(input, input_strides, block_row);
+        const T* const res = residual_of(block_row);
+        if (!valid_row(block_row)) return;
 #pragma unroll
-        for (int k = 0; k < REG_VECS; ++k) {
-            if (valid) {
-                to[k] = take(in, res, me + k * THREADS);
-            } else {
-                to[k].quad = make_uint4(0, 0, 0, 0);
-            }
-        }
+        for (int k = 0; k < REG_VECS; ++k) raw[k] = fetch(in, res, k);
     };
 
-    load_row(first, x);
+    load_row(first);
     if constexpr (KEEP_WEIGHT) {
 #pragma unroll
-        for (int k = 0; k < REG_VECS; ++k) weights[k] = load_weights(weight, me + k * THREADS);
+        for (int k = 0; k < REG_VECS; ++k) weights[k] = load_weights(weight, k);
     }
 
     for (int set = 0;; set ^= 1) {
-        const i64 row = first + static_cast<int>(threadIdx.x) / THREADS;
-        const bool valid = ROWS == 1 || row < rows;
         const bool more = first + step < rows;
-        const T* const in = input + row_offset(valid ? row : 0, inner, input_strides);
-        T* const res = FUSED ? residual + row_offset(valid ? row : 0, inner, residual_strides) : nullptr;
-        T* const to = out + row_offset(valid ? row : 0, inner, out_strides);
+        const bool valid = valid_row(first);
+        const T* const in = mine(input, input_strides, first);
+        T* const res = residual_of(first);
 
-        Vector next[REG_VECS];
+        Vector x[REG_VECS];
+#pragma unroll
+        for (int k = 0; k < REG_VECS; ++k) {
+            if (valid) {
+                x[k] = settle(raw[k], res, k);
+            } else {
+                x[k].quad = make_uint4(0, 0, 0, 0);
+            }
+        }
         if constexpr (PREFETCH) {
-            if (more) load_row(first + step, next);
+            if (more) load_row(first + step);
         }
 
         float sum = 0.f;
 #pragma unroll
         for (int k = 0; k < REG_VECS; ++k) sum += sum_of_squares(x[k]);
-#pragma unroll 4
-        for (int k = 0; k < SHARED_VECS; ++k) {
-            const Vector v = take(in, res, me + (REG_VECS + k) * THREADS);
-            kept[me + k * THREADS] = v.quad;
+        const auto load = [&](int k) { return fetch(in, res, k); };
+        in_batches<REG_VECS, IN_SHARED>(load, [&](int k, const Raw& one) {
+            const Vector v = settle(one, res, k);
+            kept[me + (k - REG_VECS) * THREADS] = v.quad;
             sum += sum_of_squares(v);
-        }
-#pragma unroll 4
-        for (int k = REG_VECS + SHARED_VECS; k < ALL_VECS; ++k) sum += sum_of_squares(take(in, res, me + k * THREADS));
+        });
+        in_batches<IN_SHARED, ALL_VECS>(load, [&](int k, const Raw& one) { sum += sum_of_squares(settle(one, res, k)); });
 
         const float scale = rsqrtf(row_sum(sum, sums, set) * (1.f / COLUMNS) + epsilon);
 
         if (valid) {
+            T* const to = mine(out, out_strides, first);
 #pragma unroll
             for (int k = 0; k < REG_VECS; ++k) {
-                const int index = me + k * THREADS;
-                give(to, index, x[k], KEEP_WEIGHT ? weights[KEEP_WEIGHT ? k : 0] : load_weights(weight, index), scale);
+                give(to, k, x[k], KEEP_WEIGHT ? weights[KEEP_WEIGHT ? k : 0] : load_weights(weight, k), scale);
             }
 #pragma unroll 4
-            for (int k = 0; k < SHARED_VECS; ++k) {
-                const int index = me + (REG_VECS + k) * THREADS;
+            for (int k = REG_VECS; k < IN_SHARED; ++k) {
                 Vector v;
-                v.quad = kept[me + k * THREADS];
-                give(to, index, v, load_weights(weight, index), scale);
+                v.quad = kept[me + (k - REG_VECS) * THREADS];
+                give(to, k, v, load_weights(weight, k), scale);
             }
-#pragma unroll 4
-            for (int k = REG_VECS + SHARED_VECS; k < ALL_VECS; ++k) {
-                const int index = me + k * THREADS;
-                // The residual form stored the sum, so it is read back from there.
-                give(to, index, load_vector(FUSED ? res : in, index), load_weights(weight, index), scale);
-            }
+            // The residual form stored the sum, so it is read back from there.
+            in_batches<IN_SHARED, ALL_VECS>([&](int k) { return load_vector(FUSED ? res : in, k); },
+                                            [&](int k, const Vector& v) { give(to, k, v, load_weights(weight, k), scale); });
         }
 
         if (!more) return;
         first += step;
-        if constexpr (PREFETCH) {
-#pragma unroll
-            for (int k = 0; k < REG_VECS; ++k) x[k] = next[k];
-        } else {
-            load_row(first, x);
-        }
+        if constexpr (!PREFETCH) load_row(first);
     }
 }

@@ -320,6 +320,7 @@ def rms_norm_kernel(
         ("KEEP", int(few)),
         ("PREFETCH", int(few)),
         ("LEVELS", levels),
+        ("MIN_BLOCKS", max(1, _THREADS_PER_SM // config.block) if few else 1),
     )
     shared = 256 + 16 * config.threads * config.shared_vecs
     return _jit.Kernel("norm", "rms_norm", defines, config.block, shared)

@@ -100,7 +100,7 @@ class Fault:
 
 ROW_SUM = "        __syncthreads();\n        float part[WARPS];"
 SHUFFLE = "        v += __shfl_xor_sync(0xffffffffu, v, offset);"
-TAIL_STORE = "reinterpret_cast<u16*>(row)[index * PER_VEC + i] = v.halves[i];"
+TAIL_STORE = "reinterpret_cast<u16*>(p)[i] = v.halves[i];"
 
 FAULTS = {
     "missing barrier before a read": Fault(
@@ -169,33 +169,33 @@ FAULTS = {
         "reads lane .* not in the mask 0000ffff",
     ),
     "one past the end": Fault(
-        "norm.cu", ((TAIL_STORE, TAIL_STORE.replace("+ i]", "+ i + 1]")),), lambda: rms_norm(3, 1003), "past the end"
+        "norm.cu", ((TAIL_STORE, TAIL_STORE.replace("[i] =", "[i + 1] =")),), lambda: rms_norm(3, 1003), "past the end"
     ),
     "one ahead of the start": Fault(
         "norm.cu",
-        (("row_offset(valid ? row : 0, inner, out_strides)", "row_offset(valid ? row : 0, inner, out_strides) - 8"),),
+        (("mine(out, out_strides, first)", "mine(out, out_strides, first) - 8"),),
         lambda: rms_norm(3, 1024, edge="start"),
         "16 bytes ahead of the array",
     ),
     "one ahead of the start, at the end of a page": Fault(
         "norm.cu",
-        (("row_offset(valid ? row : 0, inner, out_strides)", "row_offset(valid ? row : 0, inner, out_strides) - 8"),),
+        (("mine(out, out_strides, first)", "mine(out, out_strides, first) - 8"),),
         lambda: rms_norm(3, 1024),
         "wrote 16 bytes ahead of the array",
     ),
     "read ahead of the start": Fault(
         "norm.cu",
-        (("to[k] = take(in, ", "to[k] = take(in - 8, "),),
+        (("raw[k] = fetch(in, ", "raw[k] = fetch(in - 8, "),),
         lambda: rms_norm(3, 1024),
         r"descending .* illegal address .* .\d+ bytes ahead of the array",
     ),
     "stale shared memory": Fault(
-        "norm.cu", (("            kept[me + k * THREADS] = v.quad;\n", ""),), lambda: rms_norm(1, 40000), "."
+        "norm.cu", (("            kept[me + (k - REG_VECS) * THREADS] = v.quad;\n", ""),), lambda: rms_norm(1, 40000), "."
     ),
     "stale counters": Fault("lora_batch.cuh", (("count[s] = 0;", ";"),), lambda: schedule(300), "."),
     "misaligned access": Fault(
         "norm.cu",
-        (("load_whole<ACCESS>(row + index * PER_VEC)", "load_whole<ACCESS>(row + index * PER_VEC + 1)"),),
+        (("load_whole<ACCESS>(p)", "load_whole<ACCESS>(p + 1)"),),
         lambda: rms_norm(3, 1024),
         "misaligned",
     ),
@@ -211,10 +211,7 @@ def test_planted_fault_is_caught(name: str) -> None:
 
 
 def test_illegal_address_names_array_block_thread_and_line() -> None:
-    change = (
-        "row_offset(valid ? row : 0, inner, out_strides);",
-        "row_offset(valid ? row : 0, inner, out_strides) + 1024;",
-    )
+    change = ("mine(out, out_strides, first);", "mine(out, out_strides, first) + 1024;")
     with patched("norm.cu", change), pytest.raises(SimtError) as caught:
         rms_norm(3, 1024)
     text = str(caught.value)
