@@ -190,7 +190,10 @@ FAULTS = {
         r"descending .* illegal address .* .\d+ bytes ahead of the array",
     ),
     "stale shared memory": Fault(
-        "norm.cu", (("            kept[me + (k - REG_VECS) * THREADS] = v.quad;\n", ""),), lambda: rms_norm(1, 40000), "."
+        "norm.cu",
+        (("            kept[me + (k - REG_VECS) * THREADS] = v.quad;\n", ""),),
+        lambda: rms_norm(1, 40000),
+        ".",
     ),
     "stale counters": Fault("lora_batch.cuh", (("count[s] = 0;", ";"),), lambda: schedule(300), "."),
     "misaligned access": Fault(
