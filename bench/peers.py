@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .bench_attention import Attention, AttentionSet, check_attention
 from .bench_lora import Layer, LayerSet, check_layer_loosely, num_slots, rank_of, scale_of, slots_of
 from .bench_norm import EPSILON, Norm, check_norm
 from .bench_paged_kv import Append, check_pages
@@ -272,6 +273,86 @@ def _flashinfer_append(case: Case, rig: Any, work: Work) -> Work | None:
     return Work(calls, lambda: check_pages(append, rig, work.data[0], calls[0]), capture="torch")
 
 
+# -- attention
+
+
+def _flashinfer_plans(case: Case, rig: Any, work: Work, make: Callable[[Any], Any]) -> Work:
+    """One planned wrapper a set (``make`` of the workspace); its plan, which waits for the device, is made outside."""
+    attention: Attention = case.params
+    torch = rig.use_torch()
+    space = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    mode = "ROPE_LLAMA" if attention.rope else "NONE"
+    heads = (attention.heads * attention.group, attention.heads, attention.head_dim, attention.page)
+    types = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16, "pos_encoding_mode": mode}
+    calls = []
+    for data in work.data:
+        order = torch.as_tensor(data.order.astype(np.int32), device="cuda")
+        _, indptr, last = (rig.as_torch(array) for array in data.tables)
+        wrapper = make(space)
+        if attention.new:
+            wrapper.plan(rig.as_torch(data.indptr), indptr, order, last, *heads, causal=True, **types)
+        else:
+            wrapper.plan(indptr, order, last, *heads, **types)
+        cache = rig.as_torch(data.pool)[:, 0]
+        calls.append(functools.partial(wrapper.run, rig.as_torch(data.q), cache, out=rig.as_torch(data.out)))
+    return Work(
+        calls, lambda: check_attention(attention, rig, work.data[0], calls[0], slack=4.0), capture="torch", data=space
+    )
+
+
+def _flashinfer_decode(case: Case, rig: Any, work: Work) -> Work | None:
+    if case.params.new:
+        return None
+    import flashinfer
+
+    make = functools.partial(
+        flashinfer.BatchDecodeWithPagedKVCacheWrapper, kv_layout="HND", use_tensor_cores=case.params.group >= 4
+    )
+    return _flashinfer_plans(case, rig, work, make)
+
+
+def _flashinfer_prefill(backend: str, case: Case, rig: Any, work: Work) -> Work | None:
+    if not case.params.new or (backend == "fa3" and case.params.rope):
+        return None
+    import flashinfer
+
+    make = functools.partial(flashinfer.BatchPrefillWithPagedKVCacheWrapper, kv_layout="HND", backend=backend)
+    return _flashinfer_plans(case, rig, work, make)
+
+
+def _torch_sdpa(case: Case, rig: Any, work: Work) -> Work | None:
+    """torch's attention of whole prompts on contiguous keys and values, gathered outside."""
+    attention: Attention = case.params
+    if attention.rope or attention.new != max(attention.lengths) or attention.new % attention.page:
+        return None
+    torch = rig.use_torch()
+    batch = len(attention.lengths)
+
+    def call(q: Any, k: Any, v: Any, out: Any) -> None:
+        out.copy_(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+    def of_heads(rows: Any) -> Any:
+        return rows.view(batch, attention.new, -1, attention.head_dim).transpose(1, 2)
+
+    calls = []
+    for data in work.data:
+        calls.append(
+            functools.partial(call, *_contiguous(attention, rig, data, of_heads), of_heads(rig.as_torch(data.out)))
+        )
+    return Work(calls, lambda: check_attention(attention, rig, work.data[0], calls[0], slack=4.0), capture="torch")
+
+
+def _contiguous(
+    attention: Attention, rig: Any, data: AttentionSet, of_heads: Callable[[Any], Any]
+) -> tuple[Any, Any, Any]:
+    order = rig.torch.as_tensor(data.order, device="cuda")
+    pages = rig.as_torch(data.pool)[order, 0]  # (pages, 2, heads, page, dim)
+    batch = len(attention.lengths)
+    pages = pages.view(batch, -1, 2, attention.heads, attention.page, attention.head_dim).permute(2, 0, 3, 1, 4, 5)
+    k, v = pages.reshape(2, batch, attention.heads, attention.new, attention.head_dim)
+    return of_heads(rig.as_torch(data.q)).contiguous(), k.contiguous(), v.contiguous()
+
+
 PEERS: dict[str, dict[str, tuple[str, Builder]]] = {
     "bench_lora": {
         "torch loop": ("torch", _torch_loop),
@@ -284,4 +365,10 @@ PEERS: dict[str, dict[str, tuple[str, Builder]]] = {
         "Liger": ("liger", _liger_norm),
     },
     "bench_paged_kv": {"FlashInfer": ("flashinfer", _flashinfer_append)},
+    "bench_attention": {
+        "FlashInfer decode": ("flashinfer", _flashinfer_decode),
+        "FlashInfer FA2": ("flashinfer", functools.partial(_flashinfer_prefill, "fa2")),
+        "FlashInfer FA3": ("flashinfer", functools.partial(_flashinfer_prefill, "fa3")),
+        "torch SDPA": ("torch", _torch_sdpa),
+    },
 }

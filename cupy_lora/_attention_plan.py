@@ -199,7 +199,7 @@ def _scales(numbers: Numbers) -> tuple[np.float32, np.float32]:
     return np.float32(numbers.soft_cap * _LOG2E), np.float32(numbers.sm_scale / numbers.soft_cap)
 
 
-def _row_stride(array: Array) -> np.int64:
+def _row_stride(array: Array) -> np.generic:
     return np.int64(array.strides[0] if array.shape[0] > 1 else array.shape[1] * array.shape[2])
 
 

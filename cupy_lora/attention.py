@@ -126,8 +126,8 @@ def batch_decode(
     if device == CPU and not _jit.has_host_runner():
         from .reference import attention
 
-        hosts = [array.numpy() for array in (qa, *tables)]
-        attention.batch_decode(*hosts, *sizes, out=oa.numpy(), lse=lse, rope=rope, numbers=numbers)
+        hosts = tables[0].numpy(), tables[1].numpy(), tables[2].numpy()
+        attention.batch_decode(qa.numpy(), *hosts, *sizes, out=oa.numpy(), lse=lse, rope=rope, numbers=numbers)
     elif batch:
         shape = _attention_plan.shape_of(qa, oa, sizes[2], page_size, rope is not None, True, numbers)
         stream = stream_for(device, q, kv_ptrs)
@@ -222,8 +222,10 @@ def batch_prefill(
     if device == CPU and not _jit.has_host_runner():
         from .reference import attention
 
-        hosts = [array.numpy() for array in (qa, indptr, *tables)]
-        attention.batch_prefill(*hosts, *sizes, out=oa.numpy(), lse=lse, rope=rope, causal=bool(causal), numbers=numbers)
+        arrays = qa.numpy(), indptr.numpy(), tables[0].numpy(), tables[1].numpy(), tables[2].numpy()
+        attention.batch_prefill(
+            *arrays, *sizes, out=oa.numpy(), lse=lse, rope=rope, causal=bool(causal), numbers=numbers
+        )
     elif batch and qa.shape[0]:
         shape = _attention_plan.shape_of(qa, oa, sizes[2], page_size, rope is not None, bool(causal), numbers)
         lse_view = None if lse is None else view("lse", lse)

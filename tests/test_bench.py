@@ -16,6 +16,7 @@ import pytest
 
 from bench import __main__ as command
 from bench import (
+    bench_attention,
     bench_bgmv,
     bench_host,
     bench_lora,
@@ -47,6 +48,7 @@ CASE_FAMILIES = [
     bench_norm,
     bench_paged_kv,
     bench_metadata,
+    bench_attention,
     bench_host,
 ]
 
@@ -142,6 +144,9 @@ def test_every_figure_of_record_has_its_case():
     assert appended == set(targets.KV_APPEND)
     steps = {(case.params.function, case.params.batch) for case in bench_metadata.cases() if case.target}
     assert steps == set(targets.METADATA)
+    attended = {case.name.removesuffix(" rope"): case for case in bench_attention.cases() if case.target}
+    assert set(targets.ATTENTION) <= set(attended)
+    assert attended["decode 1 context 131072"].target == pytest.approx(179.2, abs=0.2)  # 0.537 GB
 
 
 def test_other_families_bytes_by_hand():
@@ -149,6 +154,10 @@ def test_other_families_bytes_by_hand():
     assert bench_norm.norm_bytes(bench_norm.Norm(3, 10, add=True)) == 2 * (4 * 30 + 10)
     append = bench_paged_kv.Append(2, 3, 9, heads=4, head_dim=8)
     assert bench_paged_kv.append_bytes(append) == 2 * (2 * 6 * 4 * 8 * 2)
+    decode = bench_attention.Attention((5, 3), heads=2, group=4, head_dim=16)
+    assert bench_attention.attention_bytes(decode) == 2 * 16 * (2 * 8 * 2 + 2 * 2 * 8)
+    prefill = dataclasses.replace(decode, new=3)
+    assert bench_attention.attention_bytes(prefill) == 2 * 16 * (2 * 8 * 2 + 2 * 6 * 8)
     shrink = bench_bgmv.Half("shrink", 4, 8, 32, "one")
     assert bench_bgmv.half_bytes(shrink) == 2 * 8 * 32 + 4 * (4 * 8 + 2 * 32)
     expand = dataclasses.replace(shrink, op="expand")
