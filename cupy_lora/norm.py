@@ -28,7 +28,11 @@ from ._plans import Kept, Plans
 
 _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "float"}
 _STRIDES = np.dtype([("outer", np.int64), ("inner", np.int64)])
-_THREADS_PER_SM = 1024  # of resident blocks: what the registers of the common sizes allow
+
+
+def _threads_per_sm(fused: bool) -> int:
+    """Threads of the resident blocks: what the registers of the common sizes allow."""
+    return 768 if fused else 1024
 
 
 @dataclass(frozen=True)
@@ -265,11 +269,12 @@ def shared_limit(arch: int) -> int:
 
 
 @functools.cache
-def choose_rms_norm(columns: int, itemsize: int, arch: int) -> RmsNormConfig:
+def choose_rms_norm(columns: int, itemsize: int, arch: int, *, fused: bool = False) -> RmsNormConfig:
     """How to cut a row of ``columns`` elements of ``itemsize`` bytes; pure.
 
     Two vectors a thread for common widths: enough bytes in flight with 4 blocks an SM, and a
-    short chain when there is one row. Wide rows take 512 threads, which leaves 128 registers a thread.
+    short chain when there is one row. Wide rows take 512 threads, which leaves 128 registers a thread. What is
+    held where (``fused`` holds less in registers) does not change the order of the sums.
     """
     vecs = -(-columns * itemsize // 16)
     if vecs <= 64:
@@ -281,7 +286,7 @@ def choose_rms_norm(columns: int, itemsize: int, arch: int) -> RmsNormConfig:
         return RmsNormConfig(threads, threads, 2, 0, 0)
     threads = 512
     per_thread = -(-vecs // threads)
-    in_registers = min(per_thread, 6)  # more of them spill
+    in_registers = min(per_thread, 4 if fused else 6)  # more of them spill
     room = (shared_limit(arch) - 256) // (16 * threads)
     in_shared = min(per_thread - in_registers, room)
     return RmsNormConfig(threads, threads, in_registers, in_shared, per_thread - in_registers - in_shared)
@@ -303,8 +308,9 @@ def rms_norm_kernel(
     ``access`` and ``weight_access`` are the widths in bytes (2 to 16) of the memory accesses that the
     alignment of the rows allows, ``levels`` (1 or 2) the number of strides that lead from row to row.
     """
-    config = choose_rms_norm(columns, dtype.itemsize, arch)
+    config = choose_rms_norm(columns, dtype.itemsize, arch, fused=fused)
     few = config.register_vecs <= 2
+    blocks = max(1, _threads_per_sm(fused) // config.block) if few else 1
     defines: tuple[tuple[str, int | str], ...] = (
         ("ELEMENT", _ELEMENTS[dtype.name]),
         ("WEIGHT", _ELEMENTS[weight_dtype.name]),
@@ -318,9 +324,9 @@ def rms_norm_kernel(
         ("ACCESS", access),
         ("WEIGHT_ACCESS", weight_access),
         ("KEEP", int(few)),
-        ("PREFETCH", int(few)),
+        ("PREFETCH", int(few and blocks * config.block <= _threads_per_sm(fused))),
         ("LEVELS", levels),
-        ("MIN_BLOCKS", max(1, _THREADS_PER_SM // config.block) if few else 1),
+        ("MIN_BLOCKS", blocks),
     )
     shared = 256 + 16 * config.threads * config.shared_vecs
     return _jit.Kernel("norm", "rms_norm", defines, config.block, shared)
@@ -345,9 +351,9 @@ def plan_rms_norm(
     fused = residual is not None
     levels = len(extents)
     kernel = rms_norm_kernel(x.dtype, weight.dtype, columns, fused, access, weight_access, levels, facts.arch)
-    config = choose_rms_norm(columns, item, facts.arch)
+    config = choose_rms_norm(columns, item, facts.arch, fused=fused)
     blocks = -(-rows // config.rows)
-    at_once = facts.sm_count * max(1, _THREADS_PER_SM // config.block)
+    at_once = facts.sm_count * max(1, _threads_per_sm(fused) // config.block)
     each = -(-blocks // at_once)  # every block walks over as many rows as the others, give or take one
     return _jit.Launch(
         kernel,
