@@ -5,7 +5,9 @@
 //   append_kv: row i of k and v (batch, HEADS, DIM) -> position length(i) - 1 of sequence i
 //   init_kv:   rows seqlen_indptr[i] .. seqlen_indptr[i + 1] - 1 -> the last positions of sequence i
 //
-// Elements are moved as bytes: ROW_BYTES = DIM * size of an element, a multiple of 16.
+// With ROPE the keys are rotated by their positions on the way (in float32, rounded to ELEMENT once); a thread then
+// holds both vectors of a pair, half a row apart. Otherwise elements are moved as bytes. ROW_BYTES = DIM * size of an
+// element, a multiple of 16, with ROPE of 32.
 //
 // Threads: WARPS_PER_TOKEN warps carry one token's keys and values as 16-byte vectors, 2 * HEADS *
 // ROW_BYTES / 16 of them, BATCH a thread at a time, all loaded before the token's page is known. In
@@ -18,7 +20,7 @@
 //
 // Preconditions: k and v rows are (HEADS, DIM) contiguous, row strides and addresses multiples of
 // ACCESS bytes; no two sequences share a page.
-#include "common.cuh"
+#include "rope.cuh"
 
 constexpr int ROW_VECS = ROW_BYTES / 16;                   // vectors of one head
 constexpr int VECS = HEADS * ROW_VECS;                     // vectors of a token's keys
@@ -29,6 +31,7 @@ constexpr int ROUNDS = ceil_div(2 * VECS, ROUND);
 constexpr i64 HALF_BYTES = static_cast<i64>(HEADS) * PAGE * ROW_BYTES;  // a page's keys of one layer
 
 static_assert(ROW_BYTES % 16 == 0, "16-byte vectors");
+static_assert(!ROPE || (ROW_BYTES % 32 == 0 && BATCH % 2 == 0), "whole pairs of vectors");
 static_assert(BLOCK % LANES == 0, "whole tokens a block");
 
 union Vector {
@@ -55,44 +58,95 @@ CUPY_LORA_DEVICE Vector load_vector(const u8* p) {
     return v;
 }
 
-// Where a token goes: the start of its row of head 0 in the keys of the layer, or null for nowhere.
-// `back` counts from the end of the sequence, 0 = its last position; `tokens` must fit in its pages.
-CUPY_LORA_DEVICE u8* destination(const i64* kv_ptrs, i32 num_ptrs, const i32* kv_indptr,
-                                 const i32* last_page_offset, i32 layer, int sequence, i32 back, i32 tokens) {
-    const i32 first = kv_indptr[sequence];
-    const i32 end = kv_indptr[sequence + 1];
-    const i32 last = last_page_offset[sequence];
-    if (first < 0 || end <= first || end > num_ptrs || last < 1 || last > PAGE) return nullptr;
-    const i64 length = static_cast<i64>(end - first - 1) * PAGE + last;
-    if (tokens > length) return nullptr;
-    const u32 position = static_cast<u32>(length - 1 - back);
-    const u64 page = static_cast<u64>(kv_ptrs[first + static_cast<i32>(position / PAGE)]);
-    if (page == 0 || page % 16 != 0) return nullptr;
-    return reinterpret_cast<u8*>(page) + layer * 2 * HALF_BYTES + (position % PAGE) * ROW_BYTES;
+// The entries of a sequence in the tables.
+struct Tables {
+    i32 first;  // its pages in kv_ptrs
+    i32 end;
+    i32 last;  // tokens in the last page
+};
+
+CUPY_LORA_DEVICE Tables tables_of(const i32* kv_indptr, const i32* last_page_offset, int sequence) {
+    return {kv_indptr[sequence], kv_indptr[sequence + 1], last_page_offset[sequence]};
 }
+
+// Vector b of a thread's batch: a number among the token's keys, then values.
+CUPY_LORA_DEVICE int vector_of(int round, int b, int lane) {
+    if constexpr (!ROPE) return round * ROUND + b * LANES + lane;
+    constexpr int HALF = ROW_VECS / 2;
+    const int pair = round * (ROUND / 2) + b / 2 * LANES + lane;
+    return pair / HALF * ROW_VECS + pair % HALF + b % 2 * HALF;
+}
+
+// Where a token goes: the start of its row of head 0 in the keys of the layer, or null for nowhere.
+struct Place {
+    u8* row;
+    u32 position;
+};
+
+// `back` counts from the end of the sequence, 0 = its last position; `tokens` must fit in its pages.
+CUPY_LORA_DEVICE Place destination(const i64* kv_ptrs, i32 num_ptrs, const Tables& of, i32 layer, i32 back, i32 tokens) {
+    if (of.first < 0 || of.end <= of.first || of.end > num_ptrs || of.last < 1 || of.last > PAGE) return {nullptr, 0};
+    const i64 length = static_cast<i64>(of.end - of.first - 1) * PAGE + of.last;
+    if (tokens > length) return {nullptr, 0};
+    const u32 position = static_cast<u32>(length - 1 - back);
+    const u64 page = static_cast<u64>(kv_ptrs[of.first + static_cast<i32>(position / PAGE)]);
+    if (page == 0 || page % 16 != 0) return {nullptr, 0};
+    return {reinterpret_cast<u8*>(page) + layer * 2 * HALF_BYTES + (position % PAGE) * ROW_BYTES, position};
+}
+
+#if ROPE
+using Turns = Frequencies<ROW_BYTES / static_cast<int>(sizeof(ELEMENT)) / 2>;
+
+// Vector `vector` of a row (of its first half) and the one half a row on.
+CUPY_LORA_DEVICE void rotate(Vector& low, Vector& high, int vector, u32 position, const Turns& frequencies) {
+    constexpr int ELEMENTS = 16 / static_cast<int>(sizeof(ELEMENT));
+    Vec<ELEMENT, ELEMENTS>& a = *reinterpret_cast<Vec<ELEMENT, ELEMENTS>*>(&low);
+    Vec<ELEMENT, ELEMENTS>& b = *reinterpret_cast<Vec<ELEMENT, ELEMENTS>*>(&high);
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; ++i) {
+        const float2 angle = angle_at(frequencies.turns[vector * ELEMENTS + i], position);
+        const float x = to_float(a.v[i]);
+        const float y = to_float(b.v[i]);
+        a.v[i] = from_float<ELEMENT>(x * angle.x - y * angle.y);
+        b.v[i] = from_float<ELEMENT>(y * angle.x + x * angle.y);
+    }
+}
+#define ROPE_PARAMETER , const Turns frequencies
+#define ROPE_ARGUMENT , frequencies
+#else
+#define ROPE_PARAMETER
+#define ROPE_ARGUMENT
+#endif
 
 // One token's keys and values: loaded first, so that the loads do not wait for the tables.
 template <class Find>
-CUPY_LORA_DEVICE void move_token(const u8* k, const u8* v, int lane, Find find) {
-    u8* to = nullptr;
+CUPY_LORA_DEVICE void move_token(const u8* k, const u8* v, int lane, Find find ROPE_PARAMETER) {
+    Place to = {nullptr, 0};
 #pragma unroll 1
     for (int round = 0; round < ROUNDS; ++round) {
         Vector held[BATCH];
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
-            const int e = round * ROUND + b * LANES + lane;
+            const int e = vector_of(round, b, lane);
             if (2 * VECS % ROUND == 0 || e < 2 * VECS) {
                 held[b] = load_vector(e < VECS ? k + e * 16 : v + (e - VECS) * 16);
             }
         }
         if (round == 0) to = find();
-        if (to == nullptr) return;
+        if (to.row == nullptr) return;
+#if ROPE
+#pragma unroll
+        for (int b = 0; b < BATCH; b += 2) {
+            const int e = vector_of(round, b, lane);
+            if (e < VECS) rotate(held[b], held[b + 1], e % ROW_VECS, to.position, frequencies);
+        }
+#endif
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
-            const int e = round * ROUND + b * LANES + lane;
+            const int e = vector_of(round, b, lane);
             if (2 * VECS % ROUND == 0 || e < 2 * VECS) {
                 const int head = e / ROW_VECS;  // 0 .. HEADS - 1 keys, HEADS .. values: pages have the same order
-                u8* const row = to + static_cast<i64>(head) * (PAGE * ROW_BYTES) + (e % ROW_VECS) * 16;
+                u8* const row = to.row + static_cast<i64>(head) * (PAGE * ROW_BYTES) + (e % ROW_VECS) * 16;
                 *reinterpret_cast<uint4*>(row) = held[b].quad;
             }
         }
@@ -102,13 +156,13 @@ CUPY_LORA_DEVICE void move_token(const u8* k, const u8* v, int lane, Find find) 
 extern "C" __global__ void __launch_bounds__(BLOCK) append_kv(const i64* kv_ptrs, const i32* kv_indptr,
                                                               const i32* last_page_offset, const u8* k,
                                                               const u8* v, i64 k_stride, i64 v_stride, i32 num_ptrs,
-                                                              i32 batch, i32 layer) {
+                                                              i32 batch, i32 layer ROPE_PARAMETER) {
     const int token = static_cast<int>(blockIdx.x) * TOKENS + static_cast<int>(threadIdx.x) / LANES;
     if (token >= batch) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
     move_token(k + token * k_stride, v + token * v_stride, lane, [&] {
-        return destination(kv_ptrs, num_ptrs, kv_indptr, last_page_offset, layer, token, 0, 1);
-    });
+        return destination(kv_ptrs, num_ptrs, tables_of(kv_indptr, last_page_offset, token), layer, 0, 1);
+    } ROPE_ARGUMENT);
 }
 
 // How many of table[0 .. count) are <= key, for an ascending table; the same in all lanes of the warp.
@@ -132,17 +186,18 @@ CUPY_LORA_DEVICE int count_at_most(const i32* table, int count, int key) {
 extern "C" __global__ void __launch_bounds__(BLOCK) init_kv(const i64* kv_ptrs, const i32* kv_indptr,
                                                             const i32* last_page_offset, const u8* k, const u8* v,
                                                             const i32* seqlen_indptr, i64 k_stride, i64 v_stride,
-                                                            i32 num_ptrs, i32 batch, i32 tokens, i32 layer) {
+                                                            i32 num_ptrs, i32 batch, i32 tokens,
+                                                            i32 layer ROPE_PARAMETER) {
     const int token = static_cast<int>(blockIdx.x) * TOKENS + static_cast<int>(threadIdx.x) / LANES;
     if (token >= tokens) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
-    move_token(k + token * k_stride, v + token * v_stride, lane, [&]() -> u8* {
+    move_token(k + token * k_stride, v + token * v_stride, lane, [&]() -> Place {
         const int sequence = count_at_most(seqlen_indptr + 1, batch, token);
-        if (sequence >= batch) return nullptr;
+        if (sequence >= batch) return {nullptr, 0};
         const i32 start = seqlen_indptr[sequence];
         const i32 end = seqlen_indptr[sequence + 1];
-        if (start < 0 || token < start || token >= end || end > tokens) return nullptr;
-        return destination(kv_ptrs, num_ptrs, kv_indptr, last_page_offset, layer, sequence, end - 1 - token,
-                           end - start);
-    });
+        const Tables tables = tables_of(kv_indptr, last_page_offset, sequence);  // on their way together with those two
+        if (start < 0 || token < start || token >= end || end > tokens) return {nullptr, 0};
+        return destination(kv_ptrs, num_ptrs, tables, layer, end - 1 - token, end - start);
+    } ROPE_ARGUMENT);
 }
