@@ -42,7 +42,7 @@ CUPY_LORA_DEVICE Staging carve_staging(u8*& shared) {
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     batch_decode(const ELEMENT* q, ELEMENT* out, float* lse, const i64* kv_ptrs, const i32* kv_indptr,
                  const i32* last_page_offset, float* partial_acc, float* partial_rows, i32* arrived,
-                 const Frequencies frequencies, i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 layer,
+                 const Turns frequencies, i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 layer,
                  i32 window, i32 slots, i32 share, float scale, float cap) {
     CUPY_LORA_SHARED(memory);
     u8* shared = memory;
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     batch_prefill(const ELEMENT* q, ELEMENT* out, float* lse, const i32* qo_indptr, const i64* kv_ptrs,
-                  const i32* kv_indptr, const i32* last_page_offset, const Frequencies frequencies, i64 q_stride,
+                  const i32* kv_indptr, const i32* last_page_offset, const Turns frequencies, i64 q_stride,
                   i64 out_stride, i32 num_ptrs, i32 batch, i32 tokens, i32 layer, i32 window, float scale, float cap) {
     CUPY_LORA_SHARED(memory);
     u8* shared = memory;

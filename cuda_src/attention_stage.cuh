@@ -8,7 +8,7 @@
 // A staged row is DIM elements and 16 bytes of nothing: an odd number of 16-byte pieces a row, so that the
 // eight rows of an ldmatrix lie in different banks, without a permutation in the addresses.
 #pragma once
-#include "common.cuh"
+#include "rope.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int PIECES = DIM / 8;                 // 16-byte pieces of a row
@@ -69,18 +69,12 @@ CUPY_LORA_DEVICE u64 key_address(const Keys& keys, i32 position) {
 // ---- rotary embedding ---------------------------------------------------------------------------
 // A position is a multiple of NEAR and a rest. cos and sin of the angles of the rests are in the near table
 // [NEAR][PAIRS], those of the multiples in a far table [..][PAIRS]; their complex product is the angle's.
-struct Frequencies {
-    double turns[PAIRS];  // of a full circle, per position
-};
+using Turns = Frequencies<PAIRS>;
 
-// Entry i, pair d: the angle at position first + i * step. In float64 up to the fraction of a turn, so that
-// the angle of position 1,000,000 is as exact as that of position 1.
-CUPY_LORA_DEVICE void fill_angles(float2* table, int entries, i32 first, i32 step, const Frequencies& frequencies) {
+// Entry i, pair d: the angle at position first + i * step.
+CUPY_LORA_DEVICE void fill_angles(float2* table, int entries, i32 first, i32 step, const Turns& frequencies) {
     for (int e = static_cast<int>(threadIdx.x); e < entries * PAIRS; e += THREADS) {
-        const double turns = static_cast<double>(first + e / PAIRS * step) * frequencies.turns[e % PAIRS];
-        float sine, cosine;
-        sincospif(static_cast<float>(2.0 * (turns - rint(turns))), &sine, &cosine);
-        table[e] = make_float2(cosine, sine);
+        table[e] = angle_at(frequencies.turns[e % PAIRS], first + e / PAIRS * step);
     }
 }
 
@@ -152,7 +146,7 @@ CUPY_LORA_DEVICE void copy_tile(const Staging& staging, int slot) {
 // caller copied to shared memory before (committed) is there at the first compute.
 template <class Compute>
 CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const Staging& staging,
-                                    const Frequencies& frequencies, Compute compute) {
+                                    const Turns& frequencies, Compute compute) {
     const int tid = static_cast<int>(threadIdx.x);
     if (tid < TILE) {
 #pragma unroll

@@ -11,6 +11,7 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, Array
 from ._jit import DeviceFacts, Kernel, Launch
+from ._rope import Rope, frequencies
 
 _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16"}
 _LOG2E: Final = math.log2(math.e)
@@ -172,15 +173,6 @@ def prefill_kernel(shape: Shape, arch: int) -> tuple[Kernel, TileConfig]:
     return kernel, config
 
 
-@functools.lru_cache(maxsize=64)
-def frequencies(dim: int, theta: float, scale: float) -> np.ndarray:
-    """Turns per position of each rotated pair: the struct ``Frequencies``."""
-    turns = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim) / (2 * math.pi * scale)
-    by_value = np.zeros(1, np.dtype([("turns", np.float64, (dim // 2,))]))
-    by_value["turns"][0] = turns
-    return by_value
-
-
 @dataclass(frozen=True)
 class Numbers:
     """The scalars of a call, checked."""
@@ -188,8 +180,7 @@ class Numbers:
     sm_scale: float
     soft_cap: float | None
     window: int | None
-    rope_theta: float
-    rope_scale: float
+    rope: Rope | None
 
 
 def _scales(numbers: Numbers) -> tuple[np.float32, np.float32]:
@@ -199,15 +190,16 @@ def _scales(numbers: Numbers) -> tuple[np.float32, np.float32]:
     return np.float32(numbers.soft_cap * _LOG2E), np.float32(numbers.sm_scale / numbers.soft_cap)
 
 
-def _row_stride(array: Array) -> np.generic:
-    return np.int64(array.strides[0] if array.shape[0] > 1 else array.shape[1] * array.shape[2])
+def _row_stride(array: Array) -> np.int64:
+    stride = array.strides[0] if array.shape[0] > 1 else array.shape[1] * array.shape[2]
+    return np.int64(stride)
 
 
-def shape_of(q: Array, out: Array, kv_heads: int, page_size: int, rope: bool, causal: bool, numbers: Numbers) -> Shape:
+def shape_of(q: Array, out: Array, kv_heads: int, page_size: int, causal: bool, numbers: Numbers) -> Shape:
     """What the kernel depends on."""
     vectors = all(array.aligned(16) and (array.shape[0] < 2 or array.strides[0] % 8 == 0) for array in (q, out))
     _, heads, dim = q.shape
-    window, soft_cap = numbers.window is not None, numbers.soft_cap is not None
+    rope, window, soft_cap = (value is not None for value in (numbers.rope, numbers.window, numbers.soft_cap))
     return Shape(dim, heads // kv_heads, kv_heads, page_size, q.dtype, rope, causal, window, soft_cap, vectors)
 
 
@@ -249,7 +241,7 @@ def decode(
         )
     ]
     args = (
-        *(q, out, lse, *tables, *parts, frequencies(dim, numbers.rope_theta, numbers.rope_scale)),
+        *(q, out, lse, *tables, *parts, frequencies(dim, numbers.rope)),
         *(_row_stride(q), _row_stride(out)),
         *(np.int32(n) for n in (tables[0].shape[0], batch, layer_idx, min(numbers.window or 0, 2**31 - 1), slots)),
         np.int32(max(1, round(at_once / SPLIT_LOAD))),
@@ -276,7 +268,7 @@ def prefill(
     rows = 16 * config.blocks * config.warps
     tiles = tokens * shape.group // rows + min(batch, tokens)  # at most: one begun tile a sequence
     args = (
-        *(q, out, lse, qo_indptr, *tables, frequencies(dim, numbers.rope_theta, numbers.rope_scale)),
+        *(q, out, lse, qo_indptr, *tables, frequencies(dim, numbers.rope)),
         *(_row_stride(q), _row_stride(out)),
         *(np.int32(n) for n in (tables[0].shape[0], batch, tokens, layer_idx, min(numbers.window or 0, 2**31 - 1))),
         *_scales(numbers),

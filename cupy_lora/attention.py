@@ -24,7 +24,8 @@ from ._arrays import (
     view,
 )
 from ._attention_plan import Numbers
-from ._lora_checks import host_copy, integer, real
+from ._lora_checks import host_copy, integer
+from ._rope import checked, positive
 from .paged_kv import _check_table, _debug_tables
 
 MAX_HEAD_DIM = 256
@@ -127,9 +128,9 @@ def batch_decode(
         from .reference import attention
 
         hosts = tables[0].numpy(), tables[1].numpy(), tables[2].numpy()
-        attention.batch_decode(qa.numpy(), *hosts, *sizes, out=oa.numpy(), lse=lse, rope=rope, numbers=numbers)
+        attention.batch_decode(qa.numpy(), *hosts, *sizes, out=oa.numpy(), lse=lse, numbers=numbers)
     elif batch:
-        shape = _attention_plan.shape_of(qa, oa, sizes[2], page_size, rope is not None, True, numbers)
+        shape = _attention_plan.shape_of(qa, oa, sizes[2], page_size, True, numbers)
         stream = stream_for(device, q, kv_ptrs)
         if space is None:
             chunks = batch + tables[0].shape[0] * page_size // _attention_plan.CHUNK_MIN * 2
@@ -223,11 +224,9 @@ def batch_prefill(
         from .reference import attention
 
         arrays = qa.numpy(), indptr.numpy(), tables[0].numpy(), tables[1].numpy(), tables[2].numpy()
-        attention.batch_prefill(
-            *arrays, *sizes, out=oa.numpy(), lse=lse, rope=rope, causal=bool(causal), numbers=numbers
-        )
+        attention.batch_prefill(*arrays, *sizes, out=oa.numpy(), lse=lse, causal=bool(causal), numbers=numbers)
     elif batch and qa.shape[0]:
-        shape = _attention_plan.shape_of(qa, oa, sizes[2], page_size, rope is not None, bool(causal), numbers)
+        shape = _attention_plan.shape_of(qa, oa, sizes[2], page_size, bool(causal), numbers)
         lse_view = None if lse is None else view("lse", lse)
         facts = _jit.device_facts(device)
         launch = _attention_plan.prefill(qa, oa, lse_view, indptr, tables, shape, sizes[1], numbers, facts)
@@ -299,30 +298,12 @@ def _numbers(
     window: Any,
     soft_cap: Any,
 ) -> Numbers:
-    check_rope(rope)
     return Numbers(
         sm_scale=1 / math.sqrt(q.shape[2]) if sm_scale is None else positive("sm_scale", sm_scale),
         soft_cap=None if soft_cap is None else positive("soft_cap", soft_cap),
         window=None if window is None else integer("window", window, 1),
-        rope_theta=positive("rope_theta", rope_theta),
-        rope_scale=positive("rope_scale", rope_scale),
+        rope=checked(rope, rope_theta, rope_scale),
     )
-
-
-def check_rope(rope: Any) -> None:
-    """TypeError or ValueError unless it is ``"llama"`` or None."""
-    if rope is not None and not isinstance(rope, str):
-        raise TypeError(f"rope: expected 'llama' or None, got {type(rope).__name__}")
-    if rope not in ("llama", None):
-        raise ValueError(f"rope: expected 'llama' or None, got {rope!r}")
-
-
-def positive(name: str, value: Any) -> float:
-    """A finite real number above 0."""
-    number = real(name, value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: expected a finite number above 0, got {number}")
-    return number
 
 
 def _check_workspace(workspace: Any) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _env, _jit
+from . import _env, _jit, _rope
 from ._arrays import (
     CPU,
     FLOATS,
@@ -36,12 +36,16 @@ def init_kv(
     layer_idx: int,
     num_kv_heads: int,
     page_size: int,
+    *,
+    rope: str | None = None,
+    rope_theta: float = 1e4,
+    rope_scale: float = 1.0,
 ) -> None:
     """Write the last tokens of every sequence into its pages: a whole prompt, or a chunk after what is there.
 
     Sequence ``i`` has ``n = seqlen_indptr[i + 1] - seqlen_indptr[i]`` rows of ``k`` and ``v``;
     they become its last ``n`` positions. Its length, ``(pages - 1) * page_size +
-    last_page_offset[i]``, already counts them. Keys are stored as they are.
+    last_page_offset[i]``, already counts them. Keys are stored as they are, unless ``rope`` says otherwise.
 
     Parameters
     ----------
@@ -57,6 +61,11 @@ def init_kv(
     seqlen_indptr : array of int32, shape (batch + 1,)
         Ascending; counted in rows of ``k``.
     num_layers, layer_idx, num_kv_heads, page_size : int
+    rope : {None, "llama"}
+        ``"llama"``: each key is rotated by its position when it is stored (pairs half a head apart, in float32, rounded
+        once), for attention with ``rope=None``. ``head_dim`` is then a multiple of 16.
+    rope_theta, rope_scale : float
+        Pair ``d`` turns by ``rope_theta ** (-2 d / head_dim) / rope_scale`` a position.
 
     Raises
     ------
@@ -69,7 +78,8 @@ def init_kv(
         not hold its tokens; without it such tokens are not written.
     """
     indptr = view("seqlen_indptr", seqlen_indptr)
-    _write(kv_ptrs, kv_indptr, last_page_offset, k, v, indptr, num_layers, layer_idx, num_kv_heads, page_size)
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    _write(kv_ptrs, kv_indptr, last_page_offset, k, v, indptr, *sizes, rope, rope_theta, rope_scale)
 
 
 def append_kv(
@@ -82,6 +92,10 @@ def append_kv(
     layer_idx: int,
     num_kv_heads: int,
     page_size: int,
+    *,
+    rope: str | None = None,
+    rope_theta: float = 1e4,
+    rope_scale: float = 1.0,
 ) -> None:
     """Write one new token of every sequence into its pages, at its last position.
 
@@ -96,13 +110,16 @@ def append_kv(
     k, v : array, shape (batch, num_kv_heads, head_dim)
         As in :func:`init_kv`, one row per sequence.
     num_layers, layer_idx, num_kv_heads, page_size : int
+    rope, rope_theta, rope_scale
+        As in :func:`init_kv`.
 
     Raises
     ------
     TypeError, ValueError
         As :func:`init_kv`.
     """
-    _write(kv_ptrs, kv_indptr, last_page_offset, k, v, None, num_layers, layer_idx, num_kv_heads, page_size)
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    _write(kv_ptrs, kv_indptr, last_page_offset, k, v, None, *sizes, rope, rope_theta, rope_scale)
 
 
 def _write(
@@ -116,16 +133,19 @@ def _write(
     layer_idx: int,
     num_kv_heads: int,
     page_size: int,
+    rope: str | None,
+    rope_theta: float,
+    rope_scale: float,
 ) -> None:
     ptrs, pages = view("kv_ptrs", kv_ptrs), view("kv_indptr", kv_indptr)
     last, ka, va = view("last_page_offset", last_page_offset), view("k", k), view("v", v)
     arrays = (ptrs, pages, last, ka, va, indptr)
-    key = _plans.key(arrays, num_layers, layer_idx, num_kv_heads, page_size)
+    key = _plans.key(arrays, num_layers, layer_idx, num_kv_heads, page_size, rope, rope_theta, rope_scale)
     kept = _plans.find(key, arrays)
     if kept is not None:
         launch = kept.launch(arrays)
     else:
-        planned = _checked(arrays, num_layers, layer_idx, num_kv_heads, page_size)
+        planned = _checked(arrays, num_layers, layer_idx, num_kv_heads, page_size, rope, rope_theta, rope_scale)
         if planned is None:
             return
         launch = planned
@@ -143,6 +163,9 @@ def _checked(
     layer_idx: int,
     num_kv_heads: int,
     page_size: int,
+    rope: str | None,
+    rope_theta: float,
+    rope_scale: float,
 ) -> _jit.Launch | None:
     """The launch of a call that was checked; None where it is done already (NumPy), or there is nothing to do."""
     ptrs, pages, last, k, v, indptr = arrays
@@ -162,19 +185,22 @@ def _checked(
     check_dtype("v", v, (k.dtype,))
     check_shape("v", v, k.shape)
     _check_rows("v", v, k.shape[0], num_kv_heads)
+    turned = _rope.checked(rope, rope_theta, rope_scale)
+    if turned is not None and k.shape[2] % 16:
+        raise ValueError(f"k: expected a head_dim that is a multiple of 16 (with rope), got {k.shape[2]}")
     device = same_device(kv_ptrs=ptrs, kv_indptr=pages, last_page_offset=last, k=k, v=v, seqlen_indptr=indptr)
     if _env.DEBUG.on:
         _debug_tables(ptrs, pages, last, indptr, k.shape[0], page_size)
     if device != CPU or _jit.has_host_runner():
-        return plan_write_kv(ptrs, pages, last, k, v, indptr, layer_idx, page_size)
+        return plan_write_kv(ptrs, pages, last, k, v, indptr, layer_idx, page_size, turned)
     from .reference import kv
 
     tables = ptrs.numpy(), pages.numpy(), last.numpy(), k.numpy(), v.numpy()
     sizes = num_layers, layer_idx, num_kv_heads, page_size
     if indptr is None:
-        kv.append_kv(*tables, *sizes)
+        kv.append_kv(*tables, *sizes, turned)
     else:
-        kv.init_kv(*tables, indptr.numpy(), *sizes)
+        kv.init_kv(*tables, indptr.numpy(), *sizes, turned)
     return None
 
 
@@ -236,29 +262,46 @@ def _debug_tables(ptrs: Array, pages: Array, last: Array, indptr: Array | None, 
 
 
 # ---- plan ---------------------------------------------------------------------------------------
+_CTYPES = {FLOATS[0]: "f16", FLOATS[1]: "bf16", FLOATS[2]: "float"}
+
+
 @functools.cache
-def write_kv_kernel(symbol: str, num_kv_heads: int, page_size: int, row_bytes: int, access: int) -> _jit.Kernel:
+def write_kv_kernel(
+    symbol: str, num_kv_heads: int, page_size: int, row_bytes: int, access: int, element: str = ""
+) -> _jit.Kernel:
     """The specialisation of ``append_kv`` or ``init_kv``; pure.
 
     ``row_bytes`` is head_dim times the size of an element, ``access`` the width in bytes of the
-    loads that the alignment of k and v allows. Four vectors a thread, up to eight warps a token.
+    loads that the alignment of k and v allows, ``element`` the type of elements that are rotated (none: nothing
+    is). Four vectors a thread, up to eight warps a token.
     """
     vecs = 2 * num_kv_heads * row_bytes // 16
     warps = min(8, 1 << (-(-vecs // 128) - 1).bit_length())
+    batch = min(4, -(-vecs // (32 * warps)))
     defines: tuple[tuple[str, int | str], ...] = (
         ("HEADS", num_kv_heads),
         ("PAGE", page_size),
         ("ROW_BYTES", row_bytes),
         ("ACCESS", access),
         ("WARPS_PER_TOKEN", warps),
-        ("BATCH", min(4, -(-vecs // (32 * warps)))),
+        ("BATCH", batch + batch % 2 if element else batch),  # pairs of vectors
         ("BLOCK", max(128, 32 * warps)),
+        ("ROPE", int(bool(element))),
+        *((("ELEMENT", element),) if element else ()),
     )
     return _jit.Kernel("paged_kv", symbol, defines, max(128, 32 * warps))
 
 
 def plan_write_kv(
-    ptrs: Array, pages: Array, last: Array, k: Array, v: Array, indptr: Array | None, layer_idx: int, page_size: int
+    ptrs: Array,
+    pages: Array,
+    last: Array,
+    k: Array,
+    v: Array,
+    indptr: Array | None,
+    layer_idx: int,
+    page_size: int,
+    rope: _rope.Rope | None = None,
 ) -> _jit.Launch | None:
     """The launch for checked arrays; None where there is nothing to write."""
     tokens, num_kv_heads, head_dim = k.shape
@@ -269,8 +312,9 @@ def plan_write_kv(
     access = 16
     while any(number % access for number in (k.ptr, v.ptr, *strides)):
         access //= 2
+    element = "" if rope is None else _CTYPES[k.dtype]
     symbol = "append_kv" if indptr is None else "init_kv"
-    kernel = write_kv_kernel(symbol, num_kv_heads, page_size, head_dim * item, access)
+    kernel = write_kv_kernel(symbol, num_kv_heads, page_size, head_dim * item, access, element)
     warps = dict(kernel.defines)["WARPS_PER_TOKEN"]
     per_block = kernel.block // (32 * int(warps))
     sizes = [np.int32(ptrs.shape[0]), np.int32(last.shape[0])]
@@ -289,5 +333,6 @@ def plan_write_kv(
             *(np.int64(stride) for stride in strides),
             *sizes,
             np.int32(layer_idx),
+            *(() if rope is None else (_rope.frequencies(head_dim, rope),)),
         ),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import cases
 import numpy as np
 
-from cupy_lora import LoraBatch, _jit
+from cupy_lora import LoraBatch, _jit, _rope
 from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, Array
 from cupy_lora.lora_weights import RECORD
 
@@ -173,6 +173,12 @@ def paged_kv_kernels(paged_kv: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
                     unaligned = "-unaligned" if offset else ""
                     name = f"{'init' if new else 'append'}-h{heads}-d{head_dim}-p{page}-{_SHORT[dtype.name]}{unaligned}"
                     yield name, launch.kernel
+    for dtype in (FLOAT16, BFLOAT16, FLOAT32):
+        k, v = (array((6, 8, 128), dtype) for _ in range(2))
+        tables = array((9,), INT64), array((4,), INT32), array((3,), INT32)
+        for indptr in (None, array((4,), INT32)):
+            launch = paged_kv.plan_write_kv(*tables, k, v, indptr, 1, 16, _rope.Rope(1e4, 1.0))
+            yield f"{'append' if indptr is None else 'init'}-rope-{_SHORT[dtype.name]}", launch.kernel
 
 
 @family("_metadata_plan")

@@ -129,6 +129,58 @@ def test_append_writes_the_last_position(engine: Engine, heads: int, dim: int, p
     pool.check()
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("append", [False, True], ids=["init", "append"])
+@pytest.mark.parametrize(("heads", "dim", "page_size", "gap"), [(8, 128, 16, 0), (1, 16, 1, 8), (3, 48, 5, 1)])
+def test_keys_are_rotated_when_stored(
+    engine: Engine, append: bool, heads: int, dim: int, page_size: int, gap: int, dtype: np.dtype
+):
+    """Pairs as complex numbers, turned by their position; one rounding. Values as they are."""
+    rng = np.random.default_rng(dim)
+    lengths = [1, 7, 300, 33]
+    new = [1] * 4 if append else [1, 5, 40, 33]
+    pool = Pool(engine, sum(-(-n // page_size) for n in lengths) + 1, 2, heads, page_size, dim, dtype)
+    owned, host_tables = tables(pool, rng, lengths)
+    starts = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+    wide = rng.standard_normal((2, int(starts[-1]), heads * dim + gap)).astype(dtype)
+    k, v = (part[:, : heads * dim].reshape(-1, heads, dim) for part in wide)
+    turned, sizes = np.zeros(k.shape), np.zeros(k.shape)
+    frequencies = 5e5 ** (-np.arange(0, dim, 2) / dim) / 2.0
+    for i, length in enumerate(lengths):
+        for j in range(new[i]):
+            row, position = starts[i] + j, length - new[i] + j
+            pairs = k[row, :, : dim // 2].astype(np.float64) + 1j * k[row, :, dim // 2 :].astype(np.float64)
+            moved = pairs * np.exp(1j * frequencies * position)
+            turned[row] = np.concatenate([moved.real, moved.imag], axis=1)
+            sizes[row] = np.tile(np.abs(pairs), 2) * 2
+            pool.expect(owned[i][position // page_size], 1, position % page_size, k[row], v[row])
+    ke, ve = (_heads(engine.array(part), heads, dim) for part in wide)
+    arrays = [engine.array(t) for t in host_tables]
+    sizes_of = 2, 1, heads, page_size
+    options = {"rope": "llama", "rope_theta": 5e5, "rope_scale": 2.0}
+    if append:
+        cupy_lora.append_kv(*arrays, ke, ve, *sizes_of, **options)
+    else:
+        cupy_lora.init_kv(*arrays, ke, ve, engine.array(starts), *sizes_of, **options)
+    pages = engine.numpy(pool.pages)
+    for i, length in enumerate(lengths):
+        for j in range(new[i]):
+            row, position = starts[i] + j, length - new[i] + j
+            place = owned[i][position // page_size], 1, 0, slice(None), position % page_size
+            # The angle is right to a few units in float32's last place: four terms stand for that.
+            tolerance.assert_close(pages[place], turned[row], sizes[row], 4, f"token {j} of sequence {i}")
+            pool.expected[place] = pages[place]
+    pool.check()
+
+
+def test_rotated_keys_need_whole_pairs_of_vectors():
+    arguments = {**good(), "k": np.ones((2, 2, 24), BF16), "v": np.ones((2, 2, 24), BF16)}
+    with pytest.raises(ValueError, match=r"k: expected a head_dim that is a multiple of 16 \(with rope\), got 24"):
+        cupy_lora.append_kv(**arguments, rope="llama")
+    with pytest.raises(ValueError, match="rope: expected 'llama' or None, got 'yarn'"):
+        cupy_lora.append_kv(**good(), rope="yarn")
+
+
 BROKEN = {
     "pointer 0": (lambda t: t[0].__setitem__(2, 0), "kv_ptrs: expected an address that is not 0 .* at 2"),
     "pointer off by 8": (lambda t: t[0].__setitem__(2, t[0][2] + 8), "kv_ptrs: expected an address"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .._attention_plan import Numbers
-from .kv import page_at
+from .kv import page_at, rotate
 
 
 def gather(
@@ -41,21 +41,11 @@ def gather(
     return keys, values
 
 
-def rotate(x: np.ndarray, positions: np.ndarray, theta: float, scale: float) -> np.ndarray:
-    """Rows ``(n, heads, dim)`` rotated by their positions, pairs half a head apart, in float64."""
-    dim = x.shape[2]
-    angles = positions[:, None] * (theta ** (-np.arange(0, dim, 2) / dim) / scale)
-    cosine, sine = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    first, second = x[..., : dim // 2], x[..., dim // 2 :]
-    return np.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
-
-
 def attend(
     q: np.ndarray,
     keys: np.ndarray,
     values: np.ndarray,
     positions: np.ndarray,
-    rope: str | None,
     causal: bool,
     numbers: Numbers,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -63,9 +53,9 @@ def attend(
     tokens, heads, _ = q.shape
     length, kv_heads, _ = keys.shape
     q = q.astype(np.float64)
-    if rope is not None:
-        q = rotate(q, positions, numbers.rope_theta, numbers.rope_scale)
-        keys = rotate(keys, np.arange(length), numbers.rope_theta, numbers.rope_scale)
+    if numbers.rope is not None:
+        q = rotate(q, positions, numbers.rope)
+        keys = rotate(keys, np.arange(length), numbers.rope)
     key_positions = np.arange(length)[None, :]
     seen = np.broadcast_to(positions[:, None] >= 0, (tokens, length))
     if causal:
@@ -100,14 +90,13 @@ def batch_decode(
     *,
     out: np.ndarray,
     lse: np.ndarray | None,
-    rope: str | None,
     numbers: Numbers,
 ) -> None:
     """See :func:`cupy_lora.batch_decode`."""
     one_each = np.arange(q.shape[0] + 1)
     tables = kv_ptrs, kv_indptr, last_page_offset
     sizes = num_layers, layer_idx, num_kv_heads, page_size
-    batch_prefill(q, one_each, *tables, *sizes, out=out, lse=lse, rope=rope, causal=True, numbers=numbers)
+    batch_prefill(q, one_each, *tables, *sizes, out=out, lse=lse, causal=True, numbers=numbers)
 
 
 def batch_prefill(
@@ -123,7 +112,6 @@ def batch_prefill(
     *,
     out: np.ndarray,
     lse: np.ndarray | None,
-    rope: str | None,
     causal: bool,
     numbers: Numbers,
 ) -> None:
@@ -135,7 +123,7 @@ def batch_prefill(
             continue
         keys, values = gather(kv_ptrs, kv_indptr, last_page_offset, i, layer_idx, shape, q.dtype)
         positions = np.arange(stop - start) + keys.shape[0] - (stop - start)
-        rows, logs = attend(q[start:stop], keys, values, positions, rope, causal, numbers)
+        rows, logs = attend(q[start:stop], keys, values, positions, causal, numbers)
         out[start:stop] = rows.astype(q.dtype)
         if lse is not None:
             lse[start:stop] = logs

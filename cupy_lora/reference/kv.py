@@ -7,6 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from .._rope import Rope
+
+
+def rotate(x: np.ndarray, positions: np.ndarray, rope: Rope) -> np.ndarray:
+    """Rows ``(n, heads, dim)`` rotated by their positions, pairs half a head apart, in float64."""
+    dim = x.shape[2]
+    angles = positions[:, None] * (rope.theta ** (-np.arange(0, dim, 2) / dim) / rope.scale)
+    cosine, sine = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    first, second = x[..., : dim // 2], x[..., dim // 2 :]
+    return np.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
+
 
 def page_at(pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """The page ``(num_layers, 2, num_kv_heads, page_size, head_dim)`` at a host address, as an array over it."""
@@ -26,6 +37,7 @@ def init_kv(
     layer_idx: int,
     num_kv_heads: int,
     page_size: int,
+    rope: Rope | None = None,
 ) -> None:
     """See :func:`cupy_lora.init_kv`."""
     shape = (num_layers, 2, num_kv_heads, page_size, k.shape[2])
@@ -45,7 +57,10 @@ def init_kv(
             if pointer == 0 or pointer % 16:
                 continue
             page = page_at(pointer, shape, k.dtype)
-            page[layer_idx, 0, :, offset], page[layer_idx, 1, :, offset] = k[token], v[token]
+            key = k[token]
+            if rope is not None:
+                key = rotate(key[None].astype(np.float64), np.array([length - (stop - token)]), rope)[0]
+            page[layer_idx, 0, :, offset], page[layer_idx, 1, :, offset] = key.astype(k.dtype), v[token]
 
 
 def append_kv(
@@ -58,7 +73,8 @@ def append_kv(
     layer_idx: int,
     num_kv_heads: int,
     page_size: int,
+    rope: Rope | None = None,
 ) -> None:
     """See :func:`cupy_lora.append_kv`."""
     one_each = np.arange(last_page_offset.shape[0] + 1)
-    init_kv(kv_ptrs, kv_indptr, last_page_offset, k, v, one_each, num_layers, layer_idx, num_kv_heads, page_size)
+    init_kv(kv_ptrs, kv_indptr, last_page_offset, k, v, one_each, num_layers, layer_idx, num_kv_heads, page_size, rope)
