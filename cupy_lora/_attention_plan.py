@@ -191,8 +191,9 @@ def _scales(numbers: Numbers) -> tuple[np.float32, np.float32]:
 
 
 def _row_stride(array: Array) -> np.int64:
-    stride = array.strides[0] if array.shape[0] > 1 else array.shape[1] * array.shape[2]
-    return np.int64(stride)
+    _, heads, dim = array.shape
+    stride: np.int64 = np.int64(array.strides[0] if array.shape[0] > 1 else heads * dim)
+    return stride
 
 
 def shape_of(q: Array, out: Array, kv_heads: int, page_size: int, causal: bool, numbers: Numbers) -> Shape:

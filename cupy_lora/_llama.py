@@ -330,19 +330,23 @@ class Ops:
 
     def attention(self, qkv: XpArray, layer: int, batch: Batch) -> XpArray:
         """Store the new keys and values, then attend causally to all of each sequence: ``(n, heads * head_dim)``."""
-        xp, config = self.xp, self.config
+        config = self.config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         n = qkv.shape[0]
         split = qkv.reshape(n, heads + 2 * kv_heads, dim)
         q, k = self.rotate(split[:, :heads]), self.rotate(split[:, heads : heads + kv_heads])
         v = split[:, heads + kv_heads :]
         self.write_kv(k, v, layer, batch)
+        return self.attend(q, layer, batch).reshape(n, heads * dim)
+
+    def attend(self, q: XpArray, layer: int, batch: Batch) -> XpArray:
+        """Causal attention of rotated queries ``(n, heads, head_dim)`` to all keys of their sequences."""
         q = self.widen(q)
-        out = xp.empty((n, heads, dim), xp.float32)
+        out = self.xp.empty(q.shape, self.xp.float32)
         for i, sequence in enumerate(batch.sequences):
             start, stop = batch.bounds[i], batch.bounds[i + 1]
             out[start:stop] = self._attend(q[start:stop], *self.read_kv(sequence, layer))
-        return self.store(out.reshape(n, heads * dim))
+        return self.store(out)
 
     def _attend(self, q: XpArray, keys: XpArray, values: XpArray) -> XpArray:
         """One sequence, float32: its last tokens over all of its keys, query heads grouped by their key head."""

@@ -226,13 +226,13 @@ class ServedOps(Ops):
         sizes = self.config.num_hidden_layers, layer, self.config.num_key_value_heads, PAGE_SIZE
         init_kv(*self.tables, k, v, self.bounds, *sizes)
 
-    def read_kv(self, sequence: int, layer: int) -> tuple[XpArray, XpArray]:
-        config = self.config
-        pages = self.xp.asarray(self.cache.pages_of(sequence))
-        bits = self.cache.pages.view(self.xp.uint16)[:, layer][pages]  # (pages, 2, heads, page_size, head_dim)
-        shape = (2, -1, config.num_key_value_heads, config.head_dim)
-        keys, values = bits.transpose(1, 0, 3, 2, 4).reshape(shape)[:, : self.cache.length(sequence)]
-        return self.widen(keys.view(self.dtype)), self.widen(values.view(self.dtype))
+    def attend(self, q: XpArray, layer: int, batch: Batch) -> XpArray:
+        from . import batch_decode, batch_prefill
+
+        sizes = self.config.num_hidden_layers, layer, self.config.num_key_value_heads, PAGE_SIZE
+        if batch.bounds[-1] == len(batch.sequences):  # one token each
+            return batch_decode(q, *self.tables, *sizes, rope=None)
+        return batch_prefill(q, self.bounds, *self.tables, *sizes, rope=None)
 
     def rms_norm(self, x: XpArray, weight: XpArray) -> XpArray:
         from . import rms_norm
