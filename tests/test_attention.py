@@ -143,16 +143,17 @@ def exact(data: Data) -> Exact:
     row = 0
     for sequence, count in enumerate(case.counts):
         length = case.lengths[sequence]
-        positions = np.arange(length)
+        earliest = 0 if case.window is None else max(length - count - case.window, 0)  # no row sees what is before it
+        positions = np.arange(earliest, length)
         for head in range(case.heads * case.group):
-            k = data.keys[sequence][:, head // case.group].astype(np.float64)
-            v = data.values[sequence][:, head // case.group].astype(np.float64)
+            k = data.keys[sequence][earliest:, head // case.group].astype(np.float64)
+            v = data.values[sequence][earliest:, head // case.group].astype(np.float64)
             q = data.q[row : row + count, head].astype(np.float64)
             if case.rope:
                 k, q = turned(k, positions, case), turned(q, length - count + np.arange(count), case)
             for i in range(count):
                 at = length - count + i
-                seen = np.full(length, at >= 0)
+                seen = np.full(positions.shape, at >= 0)
                 if case.causal:
                     seen &= positions <= at
                 if case.window is not None:
