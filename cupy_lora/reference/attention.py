@@ -51,17 +51,19 @@ def attend(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Queries ``(n, heads, dim)`` at their positions over the keys of one sequence: outputs and lse, float64."""
     tokens, heads, _ = q.shape
+    first = 0 if numbers.window is None else max(int(positions[0]) - numbers.window + 1, 0)
+    keys, values = keys[first:], values[first:]  # what no query sees costs nothing
     length, kv_heads, _ = keys.shape
+    key_positions = first + np.arange(length)
     q = q.astype(np.float64)
     if numbers.rope is not None:
         q = rotate(q, positions, numbers.rope)
-        keys = rotate(keys, np.arange(length), numbers.rope)
-    key_positions = np.arange(length)[None, :]
+        keys = rotate(keys, key_positions, numbers.rope)
     seen = np.broadcast_to(positions[:, None] >= 0, (tokens, length))
     if causal:
-        seen = seen & (key_positions <= positions[:, None])
+        seen = seen & (key_positions[None] <= positions[:, None])
     if numbers.window is not None:
-        seen = seen & (key_positions > positions[:, None] - numbers.window)
+        seen = seen & (key_positions[None] > positions[:, None] - numbers.window)
     out = np.zeros(q.shape)
     lse = np.full((tokens, heads), -np.inf)
     some = seen.any(axis=1)
