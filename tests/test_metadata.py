@@ -79,6 +79,19 @@ def test_ragged_into_out_and_from_wider_rows(engine: Engine):
     assert engine.numpy(out).tolist() == expected + [NEVER] * (25 - len(expected))
 
 
+@pytest.mark.parametrize("hint", [1, 5000])
+def test_a_result_that_is_too_short_is_filled_and_not_overrun(engine: Engine, hint: int):
+    table = np.arange(5000, dtype=I32).reshape(1, 5000)
+    for length in (4999, 4096, 3000, 1):
+        out = engine.array(np.full(length, NEVER, I32))
+        cupy_lora.block_tables_to_ragged(
+            block_tables=engine.array(table), input_lengths=[1], cache_lengths=[4999],
+            input_lengths_tensor=engine.array(np.array([1], I32)),
+            cache_lengths_tensor=engine.array(np.array([4999], I32)), max_current_length=hint, out=out,
+        )  # fmt: skip
+        assert (engine.numpy(out) == np.arange(length)).all()
+
+
 def test_device_lengths_are_read_where_no_list_is_given(engine: Engine):
     table = engine.array(np.arange(12, dtype=I32).reshape(2, 6))
     new, cached = engine.array(np.array([1, 1], I32)), engine.array(np.array([0, 3], I32))

@@ -338,3 +338,26 @@ def test_pages_larger_than_2_to_the_31_bytes(engine: Engine):
     host_tables = np.array([base], np.int64), np.array([0, 1], np.int32), np.array([64], np.int32)
     cupy_lora.append_kv(*(engine.array(t) for t in (*host_tables, k, v)), layers, layers - 1, 8, 64)
     tolerance.assert_same_bits(engine.numpy(pool[0, -1, :, :, 63]), np.stack([k[0], v[0]]))
+
+
+@pytest.mark.gpu
+def test_flashinfer_reads_the_same_pages(gpu: Engine):
+    """Its append writes the same bits into pages of one layer (its layout "HND")."""
+    torch = pytest.importorskip("torch")
+    flashinfer = pytest.importorskip("flashinfer")
+    lengths, heads, dim, page_size = [17, 1, 48, 5], 8, 128, 16
+    counts = [-(-length // page_size) for length in lengths]
+    order = torch.randperm(sum(counts), device="cuda").to(torch.int32)
+    indptr = torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int32, device="cuda")
+    last = torch.tensor([length - (n - 1) * page_size for length, n in zip(lengths, counts, strict=True)])
+    last = last.to(torch.int32).cuda()
+    starts = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device="cuda")
+    k, v = torch.randn(2, sum(lengths), heads, dim, dtype=torch.bfloat16, device="cuda")
+    ours, theirs = (torch.zeros(sum(counts), 2, heads, page_size, dim, dtype=k.dtype, device="cuda") for _ in range(2))
+    step = ours[0].numel() * ours.element_size()
+    pointers = ours.data_ptr() + order.to(torch.int64) * step
+    cupy_lora.init_kv(pointers, indptr, last, k, v, starts, 1, 0, heads, page_size)
+    lengths_on_gpu = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    rows = flashinfer.get_batch_indices_positions(starts, lengths_on_gpu, sum(lengths))
+    flashinfer.append_paged_kv_cache(k, v, *rows, theirs, order, indptr, last, kv_layout="HND")
+    assert torch.equal(ours, theirs)
