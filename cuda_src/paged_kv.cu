@@ -83,9 +83,12 @@ struct Place {
     u32 position;
 };
 
-// `back` counts from the end of the sequence, 0 = its last position; `tokens` must fit in its pages.
-CUPY_LORA_DEVICE Place destination(const i64* kv_ptrs, i32 num_ptrs, const Tables& of, i32 layer, i32 back, i32 tokens) {
-    if (of.first < 0 || of.end <= of.first || of.end > num_ptrs || of.last < 1 || of.last > PAGE) return {nullptr, 0};
+// `back` counts from the end of the sequence, 0 = its last position; `tokens` must fit in its pages. `fine`: what
+// was checked before; one branch for all of it, so that no load of the tables waits for another's check.
+CUPY_LORA_DEVICE Place destination(const i64* kv_ptrs, i32 num_ptrs, const Tables& of, i32 layer, i32 back, i32 tokens,
+                                   bool fine) {
+    const bool pages = (of.first >= 0) & (of.end > of.first) & (of.end <= num_ptrs);
+    if (!(fine & pages & (of.last >= 1) & (of.last <= PAGE))) return {nullptr, 0};
     const i64 length = static_cast<i64>(of.end - of.first - 1) * PAGE + of.last;
     if (tokens > length) return {nullptr, 0};
     const u32 position = static_cast<u32>(length - 1 - back);
@@ -161,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) append_kv(const i64* kv_ptrs
     if (token >= batch) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
     move_token(k + token * k_stride, v + token * v_stride, lane, [&] {
-        return destination(kv_ptrs, num_ptrs, tables_of(kv_indptr, last_page_offset, token), layer, 0, 1);
+        return destination(kv_ptrs, num_ptrs, tables_of(kv_indptr, last_page_offset, token), layer, 0, 1, true);
     } ROPE_ARGUMENT);
 }
 
@@ -196,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) init_kv(const i64* kv_ptrs, 
         if (sequence >= batch) return {nullptr, 0};
         const i32 start = seqlen_indptr[sequence];
         const i32 end = seqlen_indptr[sequence + 1];
-        const Tables tables = tables_of(kv_indptr, last_page_offset, sequence);  // on their way together with those two
-        if (start < 0 || token < start || token >= end || end > tokens) return {nullptr, 0};
-        return destination(kv_ptrs, num_ptrs, tables, layer, end - 1 - token, end - start);
+        const Tables tables = tables_of(kv_indptr, last_page_offset, sequence);
+        const bool fine = (start >= 0) & (token >= start) & (token < end) & (end <= tokens);
+        return destination(kv_ptrs, num_ptrs, tables, layer, end - 1 - token, end - start, fine);
     } ROPE_ARGUMENT);
 }
