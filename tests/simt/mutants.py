@@ -116,6 +116,7 @@ def tests_for(name: str) -> list[str]:
         own = ROOT / "tests" / f"test_{stem}.py"
         family = sorted((ROOT / "tests").glob(f"test_{stem.split('_')[0]}*.py"))
         wanted |= {own} if own.exists() else set(family)
+        wanted |= {path for path in (ROOT / "tests").glob("test_*_forms.py") if f"{stem}_" in path.read_text()}
     if name == "ptx.cuh":
         wanted = {ROOT / "tests" / "test_ptx.py"}
     return [str(path.relative_to(ROOT)) for path in sorted(wanted)]
