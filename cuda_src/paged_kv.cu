@@ -72,7 +72,7 @@ CUPY_LORA_DEVICE Tables tables_of(const i32* kv_indptr, const i32* last_page_off
 // Vector b of a thread's batch: a number among the token's keys, then values.
 CUPY_LORA_DEVICE int vector_of(int round, int b, int lane) {
     if constexpr (!ROPE) return round * ROUND + b * LANES + lane;
-    constexpr int HALF = ROW_VECS / 2;
+    constexpr int HALF = ROW_VECS > 1 ? ROW_VECS / 2 : 1;  // 1: a row of one vector is not rotated
     const int pair = round * (ROUND / 2) + b / 2 * LANES + lane;
     return pair / HALF * ROW_VECS + pair % HALF + b % 2 * HALF;
 }
