@@ -16,6 +16,8 @@
 #endif
 
 #define CUPY_LORA_DEVICE __device__ __forceinline__
+// One of several large bodies behind a branch: as a call, none of them costs the others registers.
+#define CUPY_LORA_DEVICE_CALL __device__ __noinline__
 
 using i32 = int;
 using i64 = long long;

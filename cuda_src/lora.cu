@@ -8,24 +8,23 @@
 // one slot, listed by build_tiles (lora_batch.cu). The forms are described in lora_direct.cuh and
 // lora_ring.cuh; both give the same bits (lora_math.cuh).
 //
-// Preconditions: every listed slot is one of the table's; CLUSTER > 1 needs sm_90. Rows from `tokens` on are
-// skipped.
+// Preconditions: CLUSTER > 1 needs sm_90. Slots that the table does not have and rows from `tokens` on are skipped.
 #include "lora_direct.cuh"
 #if TILE_ROWS > 8
 #include "lora_ring.cuh"
 #endif
 
 // One tile of one slice by the direct form; kRank 0: the rank is known at run time only.
-template <int kRank, int N>
-CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& tile, const Record& w, Out* y) {
+template <int kRank>
+CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& tile, const Record& w, Out* y,
+                                  const In* x_row, const FirstX* first_x) {
     const int g = threadIdx.x % 32 / 4;
-    const In* const x_row = layer.x + tile.row(g) * layer.x_stride;
     const float scale = w.scale * layer.scale;
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
-        ExpandStaged<kRank, N> expand;
+        ExpandStaged<kRank> expand;
         shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x_row, w.a, kRank,
-                                                  [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b); });
+                                                  [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); }, first_x);
         __syncthreads();
         exchange_parts<kWidth>(ex, tile.rows);
         expand.finish([&](int rank) {
@@ -35,12 +34,18 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     } else {
         const int rank = kRank ? kRank : w.rank;
         shrink_chunks<kRank ? chunk_of(kRank) : kAnyChunk, kRank ? kShrinkBudget : kAnyBudget>(ex, x_row, w.a, rank, tile.rows);
-        expand_any<N, kRank>(tile, y, layer.y_stride, w.b, rank,
-                             [&](int at) { return ex.v[g * (kMaxRank + 4) + at] * scale; });
+        expand_any<kRank>(tile, y, layer.y_stride, w.b, rank, layer.width,
+                          [&](int at) { return ex.v[g * (kMaxRank + 4) + at] * scale; });
     }
 }
 
-// What a block keeps from one tile to the next.
+#if TILE_ROWS > 8
+using Rows = RingTile;
+#else
+using Rows = Tile;
+#endif
+
+// What a block works with; all but a few bits of it are addresses.
 struct Block {
     Exchange ex;
 #if TILE_ROWS > 8
@@ -49,67 +54,109 @@ struct Block {
 #endif
 };
 
+CUPY_LORA_DEVICE Block block_at(unsigned char* shared, u32 state) {
+    const ExchangeState exchange{state & 3, (state & 4) != 0};
 #if TILE_ROWS > 8
-using Rows = RingTile;
+    unsigned char* const remote = shared + 128 + kReceivedBytes;
+    unsigned char* const local = remote + kRingRemoteBytes;
+    return Block{exchange_at(shared, shared + 128, local, exchange), ring_at(shared + 16, remote, state >> 3), local};
 #else
-using Rows = Tile;
+    return Block{exchange_at(shared, exchange)};
 #endif
+}
 
-template <int kRank, int N>
-CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Rows& tile, const Record& w, Out* y) {
+CUPY_LORA_DEVICE u32 state_of(const Block& block) {
+    u32 state = (block.ex.uses & 3) | (block.ex.joined ? 4u : 0u);
+#if TILE_ROWS > 8
+    state |= (block.ring.uses & 1) << 3;
+#endif
+    return state;
+}
+
+template <int kRank>
+CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Rows& tile, const Record& w, Out* y,
+                              const In* x_row, const FirstX* first_x) {
 #if TILE_ROWS > 8
     if constexpr (kStaged<kRank>) {
-        ring_tile<kRank, N>(block.ring, block.ex, block.local, layer, tile, w, y);
+        ring_tile<kRank>(block.ring, block.ex, block.local, layer, tile, w, y);
     } else {
+#pragma unroll 1
         for (int first = 0; first < tile.rows; first += 8) {
             const int rows = tile.rows - first < 8 ? tile.rows - first : 8;
             const Tile eight = tile_of_list(tile.list[first + threadIdx.x % 8], rows, tile.tokens);
-            direct_tile<kRank, N>(block.ex, layer, eight, w, y);
+            const In* const row = layer.x + eight.row(threadIdx.x % 32 / 4) * layer.x_stride;
+            direct_tile<kRank>(block.ex, layer, eight, w, y, row, nullptr);
             __syncthreads();  // the next rows' parts overwrite these
         }
     }
 #else
-    direct_tile<kRank, N>(block.ex, layer, tile, w, y);
+    direct_tile<kRank>(block.ex, layer, tile, w, y, x_row, first_x);
 #endif
 }
 
-// Picks the code for this tile's rank.
-template <int N, int kAt = 0>
-CUPY_LORA_DEVICE void tile_of_rank(Block& block, const Layer& layer, const Rows& tile, const Record& w, Out* y) {
-    if constexpr (kAt < kRankCount) {
-        if ((!kAnyRank && kRankCount == kAt + 1) || w.rank == kRanks[kAt]) {
-            tile_of<kRanks[kAt], N>(block, layer, tile, w, y);
-        } else {
-            tile_of_rank<N, kAt + 1>(block, layer, tile, w, y);
-        }
-    } else if constexpr (kAnyRank) {
-        tile_of<0, N>(block, layer, tile, w, y);
+// The same as a call that takes scalars only: several large bodies in one kernel cost each other registers
+// otherwise. Returns the state of the block.
+#if TILE_ROWS > 8
+#define ROWS_PARAMETERS int rows, const i32 *list, i32 tokens
+#define ROWS_ARGUMENTS tile.rows, tile.list, tile.tokens
+#define ROWS_OF_PARAMETERS RingTile{rows, list, tokens}
+#else
+#define ROWS_PARAMETERS int rows, int own, u32 written
+#define ROWS_ARGUMENTS tile.rows, tile.own, tile.written
+#define ROWS_OF_PARAMETERS Tile{rows, own, written, 0}
+#endif
+
+template <int kRank>
+CUPY_LORA_DEVICE_CALL u32 tile_call(u32 state, const In* x, Out* y, u32 x_stride, u32 y_stride, ROWS_PARAMETERS,
+                                    const Half* a, const Half* b, int rank, float scale, int width) {
+    unsigned char* const shared = block_shared();
+    Block block = block_at(shared, state);
+    const Rows tile = ROWS_OF_PARAMETERS;
+    const Layer layer{x, y, x_stride, y_stride, 0, 1.f, width};
+    const In* x_row = nullptr;
+#if TILE_ROWS <= 8
+    x_row = x + tile.row(threadIdx.x % 32 / 4) * x_stride;
+#endif
+    tile_of<kRank>(block, layer, tile, Record{a, b, rank, scale, 0}, y, x_row, nullptr);
+    return state_of(block);
+}
+
+// One coded rank is the kernel itself; every other body is called.
+constexpr bool kOneBody = kRankCount == 1;
+
+template <int kRank>
+CUPY_LORA_DEVICE void tile_or_call(Block& block, const Layer& layer, const Rows& tile, const Record& w, Out* y,
+                                   const In* x_row, const FirstX* first_x) {
+    unsigned char* const shared = block_shared();
+    if constexpr (kOneBody && kRank > 0) {
+        tile_of<kRank>(block, layer, tile, w, y, x_row, first_x);
+    } else {
+        const u32 state =
+            tile_call<kRank>(state_of(block), layer.x, y, layer.x_stride, layer.y_stride, ROWS_ARGUMENTS, w.a, w.b, w.rank,
+                                w.scale * layer.scale, layer.width);
+        block = block_at(shared, state);
     }
 }
 
-// Picks the code for this slice's width: slices of one width share it.
-template <int kAt = 0>
-CUPY_LORA_DEVICE void tile_of_slice(Block& block, const Layer& layer, const Rows& tile, const Record& w, Out* y,
-                                    int width) {
-    constexpr bool kLast = [] {
-        for (int i = kAt + 1; i < kSlices; ++i) {
-            if (kWidths[i] != kWidths[kAt]) return false;
+// Picks the code for this tile's rank.
+template <int kAt = 0, class... Args>
+CUPY_LORA_DEVICE void tile_of_rank(int rank, Block& block, const Args&... args) {
+    if constexpr (kAt < kRankCount) {
+        if ((!kAnyRank && kRankCount == kAt + 1) || rank == kRanks[kAt]) {
+            tile_or_call<kRanks[kAt]>(block, args...);
+        } else {
+            tile_of_rank<kAt + 1>(rank, block, args...);
         }
-        return true;
-    }();
-    if (kLast || width == kWidths[kAt]) {
-        tile_of_rank<kWidths[kAt]>(block, layer, tile, w, y);
-    } else if constexpr (!kLast) {
-        tile_of_slice<kAt + 1>(block, layer, tile, w, y, width);
+    } else if constexpr (kAnyRank) {
+        tile_or_call<0>(block, args...);
     }
 }
 
 extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     add_lora(const In* __restrict__ x, Out* y, const Record* __restrict__ table, const i32* __restrict__ tiles,
-             const i32* __restrict__ tile_count, i32 tokens, i64 x_stride, i64 y_stride, float scale) {
-    CUPY_LORA_SHARED(shared);
+             const i32* __restrict__ tile_count, i32 tokens, i32 slots, u32 x_stride, u32 y_stride, float scale) {
+    unsigned char* const shared = block_shared();
     constexpr int kStride = 8 + kTileRows;
-    const Layer layer{x, y, x_stride, y_stride, tokens, scale};
     const int slice = static_cast<int>(blockIdx.y);
     int width = kWidths[0];
     i64 offset = 0;
@@ -117,35 +164,45 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     for (int s = 1; s < kSlices; ++s) {
         if (slice >= s) offset += kWidths[s - 1], width = kWidths[s];
     }
+    const Layer layer{x, y, x_stride, y_stride, tokens, scale, width};
     int at = static_cast<int>(blockIdx.x) / kCluster;
     const int step = static_cast<int>(gridDim.x) / kCluster;
-    // The first record is read beside the count, not after it: the grid is within the capacity.
+    // The first record is read beside the count, not after it: the grid is within the capacity. A record past the
+    // count may hold anything, so its slot is checked before it is followed.
     const i32* record = tiles + static_cast<i64>(at) * kStride;
     int2 head = ptx::load_int2(record);
     int listed = ptx::load_int(record + 8 + threadIdx.x % 8);
     const int count = ptx::load_int(tile_count);
-#if TILE_ROWS > 8
-    unsigned char* const remote = shared + 128 + kReceivedBytes;
-    Block block{exchange_start(shared, shared + 128, remote + kRingRemoteBytes), ring_start(shared + 16, remote),
-                remote + kRingRemoteBytes};
-#else
-    Block block{exchange_start(shared)};
-#endif
+    const auto weights_of = [&](int slot) {
+        const bool there = slot >= 0 && slot < slots;
+        Record w = load_record(table + static_cast<i64>(there ? slot : 0) * kSlices + slice);
+        if (!there) w.rank = 0;
+        return w;
+    };
+    Record w = weights_of(head.x);
+    start_barriers(shared, TILE_ROWS > 8 ? 4 : 2);
+    Block block = block_at(shared, kCluster == 1 ? 4 : 0);
     if (at >= count) return;
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
     while (true) {
-        const Record w = load_record(table + static_cast<i64>(head.x) * kSlices + slice);
+        const In* x_row = nullptr;
+        FirstX first_x;
 #if TILE_ROWS > 8
         const Rows tile{head.y, record + 8, tokens};
 #else
         const Rows tile = tile_of_list(listed, head.y, tokens);
+        if constexpr (kOneBody) {
+            x_row = x + tile.row(threadIdx.x % 32 / 4) * x_stride;
+            first_x.request(x_row);
+        }
 #endif
-        if (w.rank > 0) tile_of_slice(block, layer, tile, w, y + offset, width);
+        if (w.rank > 0) tile_of_rank(w.rank, block, layer, tile, w, y + offset, x_row, &first_x);
         at += step;
         if (at >= count) break;
         record = tiles + static_cast<i64>(at) * kStride;
         head = ptx::load_int2(record);
         listed = ptx::load_int(record + 8 + threadIdx.x % 8);
+        w = weights_of(head.x);
         __syncthreads();  // the next tile's parts overwrite this one's
     }
     if constexpr (kCluster > 1) {

@@ -69,6 +69,22 @@ constexpr CUPY_LORA_DEVICE int b_vector(int rank) {
     return rank % 8 == 0 ? 8 : rank % 4 == 0 ? 4 : rank % 2 == 0 ? 2 : 1;
 }
 
+constexpr CUPY_LORA_DEVICE int widest_slice() {
+    int widest = 0;
+    for (int i = 0; i < kSlices; ++i) widest = kWidths[i] > widest ? kWidths[i] : widest;
+    return widest;
+}
+constexpr int kWidest = widest_slice();
+constexpr CUPY_LORA_DEVICE bool one_width() {
+    for (int i = 0; i < kSlices; ++i) {
+        if (kWidths[i] != kWidest) return false;
+    }
+    return true;
+}
+constexpr bool kOneWidth = one_width();
+// The width of a slice: a constant where all have the same. The code is laid out for the widest, and stops early.
+CUPY_LORA_DEVICE int width_of(int width) { return kOneWidth ? kWidest : width; }
+
 // Elements between the rows and columns of A (rank x in) and of B (out x rank).
 constexpr i64 kARow = kTransposed ? 1 : kIn, kAColumn = kTransposed ? kRanks[0] : 1;
 constexpr i64 kBColumn = kTransposed ? kWidths[0] : 1;
@@ -101,14 +117,14 @@ struct Tile {
     int rows;
     int own;      // row of this lane, from `first` on; of a missing row, one that is safe to read
     u32 written;  // bit i: row i exists
-    i64 first;
+    u64 first;
 
-    CUPY_LORA_DEVICE i64 row(int i) const { return first + __shfl_sync(0xffffffffu, own, i); }
+    CUPY_LORA_DEVICE u64 row(int i) const { return first + static_cast<u32>(__shfl_sync(0xffffffffu, own, i)); }
     CUPY_LORA_DEVICE bool writes(int i) const { return written >> i & 1; }
 };
 
 // Rows first, first + 1, ...
-CUPY_LORA_DEVICE Tile tile_of_run(i64 first, int rows) {
+CUPY_LORA_DEVICE Tile tile_of_run(u64 first, int rows) {
     const int i = threadIdx.x % 8;
     return Tile{rows, i < rows ? i : 0, (1u << rows) - 1, first};
 }
@@ -126,7 +142,8 @@ CUPY_LORA_DEVICE Tile tile_of_list(int listed, int rows, i32 tokens) {
 struct Layer {
     const In* x;
     Out* y;
-    i64 x_stride, y_stride;  // elements between rows
+    u32 x_stride, y_stride;  // elements between rows: 32 bits, so that a row's address is one multiply-add
     i32 tokens;
     float scale;
+    int width;  // columns of this block's slice
 };

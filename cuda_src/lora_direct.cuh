@@ -17,135 +17,27 @@
 // Preconditions: kCluster * kWarps <= 64, both powers of two.
 #pragma once
 
-#include "lora_slots.cuh"
+#include "lora_exchange.cuh"
 
-constexpr int kThreads = 32 * kWarps;
+// The first columns of x that a warp multiplies, requested before the adapter's record has arrived.
+struct FirstX {
+    static constexpr int kAll = kLeaves / (kCluster * kWarps) * Leaf<kIn>::kSteps;
+    // None where a warp has many: they would not be the first to arrive, and cost registers.
+    static constexpr int kSteps = !kXVectors || kTileRows > 8 || kAll > 8 ? 0 : kAll < 4 ? kAll : 4;
+    uint4 step[kSteps > 0 ? kSteps : 1];
 
-// What the two phases exchange, and where in shared memory.
-struct Exchange {
-    u64* barriers;    // [2], one for each half of `received`
-    float* parts;     // [kWarps][8][kChunk + 4]
-    float* received;  // [2][kCluster][8][kChunk]
-    float* whole;     // [8][kChunk]: summed over the cluster
-    float* v;         // [8][kMaxRank + 4]: of every rank, where they take several exchanges
-    unsigned char* stages;  // [kWarps][STAGES]: slots of B and y
-    u32 uses;         // exchanges so far: half = uses % 2, parity of its barrier = uses / 2 % 2
-    bool joined;      // the other blocks of the cluster are known to run
-};
-
-constexpr int kReceivedBytes = kCluster > 1 ? 2 * kCluster * 8 * kChunk * 4 : 0;
-constexpr CUPY_LORA_DEVICE int widest_staged() {
-    int widest = 0;
-    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
-    return widest;
-}
-constexpr int kStageBytes = 64 * (widest_staged() + 8) * 2;  // 64 columns of B and of 8 rows of y
-constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;  // then `whole` and v
-
-// `local`: parts and v, which no other block writes.
-CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* barriers, unsigned char* received, unsigned char* local) {
-    Exchange ex;
-    ex.barriers = reinterpret_cast<u64*>(barriers);
-    ex.received = reinterpret_cast<float*>(received);
-    ex.parts = reinterpret_cast<float*>(local);
-    ex.whole = reinterpret_cast<float*>(local + kPartsBytes);
-    ex.v = ex.whole + 8 * kChunk;
-    ex.stages = local + kPartsBytes + 8 * kChunk * 4;  // a tile uses one of the two
-    ex.uses = 0;
-    ex.joined = kCluster == 1;
-    if constexpr (kCluster > 1) {
-        if (threadIdx.x == 0) {
-            ptx::mbarrier_init(ex.barriers, 1);
-            ptx::mbarrier_init(ex.barriers + 1, 1);
-            ptx::mbarrier_init_fence();
-        }
-    }
-    return ex;
-}
-
-CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* shared) {
-    return exchange_start(shared, shared + 128, shared + 128 + kReceivedBytes);
-}
-
-// Whether each lane sums the blocks' parts of its own ranks. Where that takes many loads, the block sums them
-// once instead, at the price of one more barrier.
-template <int kWidth>
-constexpr bool kReadParts = kCluster > 1 && kCluster * kWidth <= 128;
-
-// Four ranks of a token, summed over this block's warps.
-template <int kWidth>
-CUPY_LORA_DEVICE float4 part_sum(const Exchange& ex, int token, int rank) {
-    return tree_sum<kWarps>([&](int warp) {
-        return *reinterpret_cast<const float4*>(ex.parts + (warp * 8 + token) * (kWidth + 4) + rank);
-    });
-}
-
-// The same, of what the blocks of the cluster sent.
-template <int kWidth>
-CUPY_LORA_DEVICE float4 received(const Exchange& ex, u32 half, int token, int rank) {
-    return tree_sum<kCluster>([&](int block) {
-        return *reinterpret_cast<const float4*>(ex.received + ((half * kCluster + block) * 8 + token) * kWidth + rank);
-    });
-}
-
-// Every quad of the tile by one thread, into `to`; synchronises the block.
-template <int kWidth, class Sum>
-CUPY_LORA_DEVICE void sum_quads(const Exchange& ex, int rows, float* to, const Sum& sum) {
+    CUPY_LORA_DEVICE void request(const In* x_row) {
+        if constexpr (kSteps > 0) {
+            const int warp = threadIdx.x / 32, t = threadIdx.x % 4;
+            const int column = static_cast<int>((blockIdx.x % kCluster) * kWarps + warp) * kAll * 32 + 8 * t;
 #pragma unroll
-    for (int first = 0; first < 8 * kWidth / 4; first += kThreads) {
-        const int quad = first + static_cast<int>(threadIdx.x), token = quad / (kWidth / 4), rank = quad % (kWidth / 4) * 4;
-        if (token < rows) *reinterpret_cast<float4*>(to + token * kWidth + rank) = sum(token, rank);
-    }
-    __syncthreads();
-}
-
-// After this block's parts are in shared memory and the block has synchronised: sends their sum to the
-// cluster and waits for the others'. `kWidth` is the caller's chunk (at most kChunk).
-template <int kWidth>
-CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
-    if constexpr (kCluster > 1) {
-        constexpr int kQuads = 8 * kWidth / 4;
-        const u32 half = ex.uses & 1, parity = ex.uses >> 1 & 1;
-        ++ex.uses;
-        u64* const barrier = ex.barriers + half;
-        if (threadIdx.x == 0) ptx::mbarrier_expect(barrier, static_cast<u32>(rows * kWidth * 4 * kCluster));
-        if (!ex.joined) {
-            ptx::cluster_wait();
-            ex.joined = true;
-        }
-        const u32 block = blockIdx.x % kCluster;
-        float* const mine = ex.received + (half * kCluster + block) * 8 * kWidth;
-#pragma unroll
-        for (int first = 0; first < kQuads * kCluster; first += kThreads) {
-            const int item = first + static_cast<int>(threadIdx.x);
-            const int quad = item % kQuads, peer = item / kQuads;
-            const int token = quad / (kWidth / 4), rank = quad % (kWidth / 4) * 4;
-            if (peer < kCluster && token < rows) {
-                const float4 sum = part_sum<kWidth>(ex, token, rank);
-                const uint4 bits = make_uint4(__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(sum.z),
-                                              __float_as_uint(sum.w));
-                ptx::store_async_16(ptx::map_shared(mine + token * kWidth + rank, peer), bits,
-                                    ptx::map_shared(barrier, peer));
+            for (int i = 0; i < kSteps; ++i) {
+                const int at = column + 32 * i;
+                step[i] = load_columns<true>(x_row + at, Leaf<kIn>::kExact ? 8 : kIn - at);
             }
         }
-        ptx::mbarrier_wait(barrier, parity);
-        if constexpr (!kReadParts<kWidth>) {
-            sum_quads<kWidth>(ex, rows, ex.whole, [&](int token, int rank) { return received<kWidth>(ex, half, token, rank); });
-        }
-    } else {
-        sum_quads<kWidth>(ex, rows, ex.whole, [&](int token, int rank) { return part_sum<kWidth>(ex, token, rank); });
     }
-}
-
-// Four ranks of a token of the v just exchanged (not scaled).
-template <int kWidth>
-CUPY_LORA_DEVICE float4 exchanged(const Exchange& ex, int token, int rank) {
-    if constexpr (kReadParts<kWidth>) {
-        return received<kWidth>(ex, (ex.uses - 1) & 1, token, rank);
-    } else {
-        return *reinterpret_cast<const float4*>(ex.whole + token * kWidth + rank);
-    }
-}
+};
 
 // This warp's leaves of x times kBlocks * 16 rows of A, into `parts`. `ranks`: rows of A that exist.
 // Leaves are taken in batches whose loads are in flight together, kBudget registers of them; what does not
@@ -154,11 +46,14 @@ CUPY_LORA_DEVICE float4 exchanged(const Exchange& ex, int token, int rank) {
 // from a zero that is read from shared memory after that, because the assembler would otherwise put the first
 // products, and their wait for x and A, ahead of copies that nothing seems to need.
 template <int kBlocks, int kBudget, class Then>
-CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const Half* a, int ranks, const Then& then) {
+CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const Half* a, int ranks, const Then& then,
+                                    const FirstX* first_x = nullptr) {
     constexpr int kWidth = 16 * kBlocks;
     constexpr int kMine = kLeaves / (kCluster * kWarps);  // leaves per warp
     constexpr int kSteps = Leaf<kIn>::kSteps;
-    constexpr int kFit = kXVectors && kAVectors ? kBudget / (4 + 8 * kBlocks) : 1;  // steps in flight together
+    // Steps in flight together; fewer beside the many pending sums of a wide rank in few warps.
+    constexpr int kFull = kBudget / (4 + 8 * kBlocks);
+    constexpr int kFit = !kXVectors || !kAVectors || (kBlocks > 2 && kMine > 4) ? 1 : kFull;
     constexpr int kBatch = floor_power(kFit / kSteps < kMine ? kFit / kSteps : kMine);  // leaves; 0: part of one
     constexpr int kLeavesAt = kBatch > 0 ? kBatch : 1, kStepsAt = kBatch > 0 ? kSteps : ceil_div(kSteps, ceil_div(kSteps, kFit > 0 ? kFit : 1));
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -166,9 +61,9 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
     const Half* x_at = x_row + first_column;
     const Half* a_at = a + static_cast<i64>(g) * kARow + static_cast<i64>(first_column) * kAColumn;
     int left = kIn - first_column;  // columns from here on
-    const auto load = [&](int step, uint4& x, uint4 (&rows)[kBlocks][2]) {
+    const auto load = [&](int step, uint4& x, uint4 (&rows)[kBlocks][2], bool has_x) {
         const int column = 32 * step, valid = Leaf<kIn>::kExact ? 8 : left - column;
-        x = load_columns<kXVectors>(x_at + column, valid);
+        if (!has_x) x = load_columns<kXVectors>(x_at + column, valid);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -194,7 +89,11 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
         if constexpr (kBatch > 0) {
             uint4 xs[kLeavesAt * kSteps], as[kLeavesAt * kSteps][kBlocks][2];
 #pragma unroll
-            for (int i = 0; i < kLeavesAt * kSteps; ++i) load(i, xs[i], as[i]);
+            for (int i = 0; i < kLeavesAt * kSteps; ++i) {
+                const bool has_x = first_x && i < FirstX::kSteps && batch == 0;
+                if (has_x) xs[i] = first_x->step[i];
+                load(i, xs[i], as[i], has_x);
+            }
             if (batch == 0) {
                 then();
                 zero = *zero_at;
@@ -214,7 +113,7 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
                 uint4 xs[kStepsAt], as[kStepsAt][kBlocks][2];
 #pragma unroll
                 for (int i = 0; i < kStepsAt; ++i) {
-                    if (start + i < kSteps) load(i, xs[i], as[i]);
+                    if (start + i < kSteps) load(i, xs[i], as[i], false);
                 }
                 if (batch == 0 && start == 0) then();
 #pragma unroll
@@ -231,6 +130,7 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
         inner.each([&](int b, int m, int e) { sum[b][m][e] = inner.total(b, m, e); });
         tree.push_at(batch, sum);
     }
+    __syncwarp();  // another lane's zero lies where this one writes
     float* const part = ex.parts + warp * 8 * (kWidth + 4);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -259,24 +159,25 @@ CUPY_LORA_DEVICE void shrink_chunks(Exchange& ex, const Half* x_row, const Half*
 // ---- expand ------------------------------------------------------------------------------------
 // The columns of one slice of y as this warp sees them, and the loads and products of one unit of them.
 //   kRun: rank_run of the rank; kVector: elements per load of B; kMaxRows: cap on kRows, to save registers
-template <int N, int kRun, int kVector, int kMaxRows = 4>
+template <int kRun, int kVector, int kMaxRows = 4>
 struct Expand {
-    static constexpr int kPerWarp = N / (kCluster * kWarps);
+    static constexpr int kPerWarp = kWidest / (kCluster * kWarps);
     static constexpr int kFullRows = kPerWarp >= 64 ? 4 : kPerWarp >= 32 ? 2 : 1;
     static constexpr int kRows = kFullRows < kMaxRows ? kFullRows : kMaxRows;  // pairs of columns per lane
     static constexpr int kUnit = 16 * kRows;
-    static constexpr int kUnits = ceil_div(N, kUnit);
+    static constexpr int kUnits = ceil_div(kWidest, kUnit);
     static constexpr int kDeal = kCluster * kWarps;  // unit u goes to warp u % kDeal of the cluster
     static constexpr int kMine = ceil_div(kUnits, kDeal);
-    static constexpr bool kWhole = N % (kUnit * kDeal) == 0;
+    static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
     using Y = Columns<Out, 2 * kRows, kYVectors>;
 
     int column;  // this lane's first column in unit 0 of this warp
+    int width;   // of the slice
     bool writes[2];
     Out* y[2];  // rows of tokens 2t and 2t + 1, at `column`
     const Half* b;
 
-    CUPY_LORA_DEVICE int valid(int unit) const { return kWhole ? 2 * kRows : N - column - unit * kDeal * kUnit; }
+    CUPY_LORA_DEVICE int valid(int unit) const { return kWhole ? 2 * kRows : width - column - unit * kDeal * kUnit; }
 
     CUPY_LORA_DEVICE void load_y(Y (&into)[2], int unit) const {
         if constexpr (kAddToY) {
@@ -319,7 +220,7 @@ struct Expand {
 };
 
 template <class E>
-CUPY_LORA_DEVICE E expand_start(const Tile& tile, Out* y, i64 y_stride, const Half* b, int rank) {
+CUPY_LORA_DEVICE E expand_start(const Tile& tile, Out* y, u64 y_stride, const Half* b, int rank, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     E e;
     e.column = (static_cast<int>(blockIdx.x % kCluster) * kWarps + warp) * E::kUnit + g * 2 * E::kRows;
@@ -328,6 +229,7 @@ CUPY_LORA_DEVICE E expand_start(const Tile& tile, Out* y, i64 y_stride, const Ha
         e.y[h] = y + tile.row(2 * t + h) * y_stride + e.column;
         e.writes[h] = tile.writes(2 * t + h);
     }
+    e.width = width_of(width);
     e.b = b + e.column * b_row(rank);
     return e;
 }
@@ -339,11 +241,11 @@ constexpr bool kStaged = slot_rank(kRank) && kXVectors && kAVectors && kBVectors
 
 // This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
 // `request` asks for the first of them, which does not take v; `finish` multiplies.
-template <int kRank, int N>
+template <int kRank>
 struct ExpandStaged {
-    static constexpr int kDeal = kCluster * kWarps, kPairs = N / kDeal >= 64 ? 4 : 2, kUnit = 16 * kPairs;
-    static constexpr int kUnits = ceil_div(N, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
-    static constexpr bool kWhole = N % (kUnit * kDeal) == 0;
+    static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 ? 4 : 2, kUnit = 16 * kPairs;
+    static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
+    static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
     static constexpr int kAhead = kMine < STAGES ? kMine : STAGES;
     using S = Slot<kRank, kPairs, kUnit, 8>;
     static_assert(S::kBytes <= kStageBytes, "the slots are laid out for the widest rank");
@@ -352,7 +254,8 @@ struct ExpandStaged {
     const Half* b_from;
     const Out* y_from[S::kYChunks / 4];
     Out* y_to[2];
-    int first;  // column of the slice where this warp's unit 0 starts
+    int width;  // of the slice
+    int first;  // its column where this warp's unit 0 starts
     int rows;
     bool writes[2];  // tokens 2t and 2t + 1
 
@@ -364,14 +267,14 @@ struct ExpandStaged {
 #pragma unroll
             for (int j = 0; j < kBChunks / 32; ++j) {
                 const int item = lane + 32 * j, row = item / (kRank / 8);
-                if (kWhole || column + row < N) {
+                if (kWhole || column + row < width) {
                     ptx::copy_async_16(slot + S::b_byte(row, item % (kRank / 8)), b_from + unit * kDeal * kUnit * kRank + 256 * j);
                 }
             }
 #pragma unroll
             for (int j = 0; j < S::kYChunks / 4; ++j) {
                 const int row = (lane + 32 * j) / S::kYChunks, chunk = lane % S::kYChunks;
-                if (kAddToY && row < rows && (kWhole || column + chunk * 8 < N)) {
+                if (kAddToY && row < rows && (kWhole || column + chunk * 8 < width)) {
                     ptx::copy_async_16(slot + S::y_byte(row, chunk), y_from[j] + unit * kDeal * kUnit);
                 }
             }
@@ -379,10 +282,11 @@ struct ExpandStaged {
         ptx::copy_async_commit();
     }
 
-    CUPY_LORA_DEVICE void request(unsigned char* stages, const Tile& tile, Out* y, i64 y_stride, const Half* b) {
+    CUPY_LORA_DEVICE void request(unsigned char* stages, const Tile& tile, Out* y, u64 y_stride, const Half* b, int columns) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
         slots = stages + warp * STAGES * kStageBytes;
         rows = tile.rows;
+        width = width_of(columns);
         first = (static_cast<int>(blockIdx.x % kCluster) * kWarps + warp) * kUnit;
         b_from = b + static_cast<i64>(first) * kRank + lane * 8;
 #pragma unroll
@@ -406,12 +310,13 @@ struct ExpandStaged {
         const typename S::Place place = S::place(g * 2 * kPairs, 0);
 #pragma unroll 1
         for (int unit = 0; unit < kMine; ++unit) {
+            if (!kWhole && first + unit * kDeal * kUnit >= width) break;
             ptx::copy_async_wait<kAhead - 1>();
             __syncwarp();
             typename S::Y y[2];
             S::multiply(y, slots + unit % kAhead * kStageBytes, place, v);
             const int shift = unit * kDeal * kUnit;
-            const bool inside = kWhole || first + g * 2 * kPairs + shift < N;
+            const bool inside = kWhole || first + g * 2 * kPairs + shift < width;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 if (writes[h] && inside) y[h].store(y_to[h] + shift, 8);
@@ -424,10 +329,11 @@ struct ExpandStaged {
 
 // Every unit of this warp, for a rank known at run time only. The run is too: its missing ranks are zeros,
 // which leaves the sums as they are with a run known at compile time. kVector 8 takes runs of 8 only.
-template <int N, int kVector, class V>
-CUPY_LORA_DEVICE void expand_any_run(const Tile& tile, Out* y, i64 y_stride, const Half* b, int rank, const V& v_of) {
-    using E = Expand<N, 8, kVector, 2>;
-    const auto e = expand_start<E>(tile, y, y_stride, b, rank);
+template <int kVector, class V>
+CUPY_LORA_DEVICE void expand_any_run(const Tile& tile, Out* y, u64 y_stride, const Half* b, int rank, int width,
+                                 const V& v_of) {
+    using E = Expand<8, kVector, 2>;
+    const auto e = expand_start<E>(tile, y, y_stride, b, rank, width);
     const int run = kVector == 8 ? 8 : rank_run(rank), t = threadIdx.x % 4;
 #pragma unroll 1
     for (int unit = 0; unit < E::kMine; ++unit) {
@@ -454,11 +360,12 @@ CUPY_LORA_DEVICE void expand_any_run(const Tile& tile, Out* y, i64 y_stride, con
     }
 }
 
-template <int N, int kRank, class V>
-CUPY_LORA_DEVICE void expand_any(const Tile& tile, Out* y, i64 y_stride, const Half* b, int rank, const V& v_of) {
+template <int kRank, class V>
+CUPY_LORA_DEVICE void expand_any(const Tile& tile, Out* y, u64 y_stride, const Half* b, int rank, int width,
+                                 const V& v_of) {
     if (kBVectors && !kTransposed && rank % 8 == 0 && rank > 16) {
-        expand_any_run<N, 8>(tile, y, y_stride, b, rank, v_of);
+        expand_any_run<8>(tile, y, y_stride, b, rank, width, v_of);
     } else if constexpr (kRank == 0 || kRank % 8 != 0 || kRank <= 16 || !kBVectors || kTransposed) {
-        expand_any_run<N, 1>(tile, y, y_stride, b, rank, v_of);
+        expand_any_run<1>(tile, y, y_stride, b, rank, width, v_of);
     }
 }

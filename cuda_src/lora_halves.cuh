@@ -72,14 +72,14 @@ CUPY_LORA_DEVICE void expand_tile(const Tile& tile, const In* v, i64 v_stride, c
     const In* const v_row = v + tile.row(threadIdx.x % 32 / 4) * v_stride;
     const auto v_of = [&](int at) { return to_float(v_row[at]) * scale; };
     if constexpr (kStaged<kOf>) {
-        ExpandStaged<kOf, kWidths[0]> expand;
-        expand.request(stages, tile, out, out_stride, b);
+        ExpandStaged<kOf> expand;
+        expand.request(stages, tile, out, out_stride, b, kWidest);
         expand.finish([&](int at) {
             return make_float4(at < kRank ? v_of(at) : 0.f, at + 1 < kRank ? v_of(at + 1) : 0.f,
                                at + 2 < kRank ? v_of(at + 2) : 0.f, at + 3 < kRank ? v_of(at + 3) : 0.f);
         });
     } else {
-        expand_any<kWidths[0], kRank>(tile, out, out_stride, b, kRank, v_of);
+        expand_any<kRank>(tile, out, out_stride, b, kRank, kWidest, v_of);
     }
 }
 #endif

@@ -89,19 +89,12 @@ constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
 }
 constexpr int kRingRemoteBytes = kCluster > 1 ? 2 * kTileRows * widest_ring_rank() * 4 : 0;
 
-CUPY_LORA_DEVICE RingExchange ring_start(unsigned char* barriers, unsigned char* remote) {
+CUPY_LORA_DEVICE RingExchange ring_at(unsigned char* barriers, unsigned char* remote, u32 uses) {
     RingExchange rx;
     rx.barriers = reinterpret_cast<u64*>(barriers);
     rx.shares = reinterpret_cast<float*>(remote);
     rx.v = rx.shares + kTileRows * widest_ring_rank();
-    rx.uses = 0;
-    if constexpr (kCluster > 1) {
-        if (threadIdx.x == 0) {
-            ptx::mbarrier_init(rx.barriers, 1);
-            ptx::mbarrier_init(rx.barriers + 1, 1);
-            ptx::mbarrier_init_fence();
-        }
-    }
+    rx.uses = uses;
     return rx;
 }
 
@@ -141,14 +134,15 @@ CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float*
     ptx::mbarrier_wait(rx.barriers + 1, parity);
 }
 
-template <int kRank, int N>
+template <int kRank>
 CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* local, const Layer& layer, const RingTile& tile,
                                 const Record& w, Out* y) {
     using S = RingShape<kRank>;
     constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;
     using E = typename S::Expand;
-    constexpr int kAllColumns = ceil_div(N, S::kColumns), kExpandStages = ceil_div(kAllColumns, kCluster);
-    constexpr bool kWhole = N % (S::kColumns * kCluster) == 0;
+    const int width = width_of(layer.width);
+    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), kCluster);
+    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * kCluster) == 0;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int block = static_cast<int>(blockIdx.x % kCluster);
     float* const parts = reinterpret_cast<float*>(local);
@@ -200,18 +194,18 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                 }
                 from[j] += kChunks * 8;
             }
-        } else if (stage_in < S::kLeavesEach + kExpandStages) {
+        } else if (stage_in < S::kLeavesEach + expand_stages) {
             const int first = ((stage_in - S::kLeavesEach) * kCluster + block) * S::kColumns;  // column of the slice
 #pragma unroll
             for (int j = 0; j < ceil_div(kBItems, kThreads); ++j) {
                 if ((kBItems % kThreads == 0 || thread + j * kThreads < kBItems) &&
-                    (kWhole || first + b_row + j * kThreads * 8 / kRank < N)) {
+                    (kWhole || first + b_row + j * kThreads * 8 / kRank < width)) {
                     ptx::copy_async_16(slot_in + b_to + j * kThreads * 16, b_from + j * kThreads * 8);
                 }
             }
 #pragma unroll
             for (int j = 0; j < kYEach; ++j) {
-                if (y_row + j * kThreads / kYChunks < tile.rows && (kWhole || first + y_chunk * 8 < N)) {
+                if (y_row + j * kThreads / kYChunks < tile.rows && (kWhole || first + y_chunk * 8 < width)) {
                     ptx::copy_async_16(slot_in + y_to + j * kThreads * 16, y_from[j]);
                 }
                 y_from[j] += kCluster * S::kColumns;
@@ -239,7 +233,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     const int rank_warp = warp % S::kRankWarps, token_warp = warp / S::kRankWarps % S::kTokenWarps;
     const int leaf_warp = warp / (S::kRankWarps * S::kTokenWarps);
     {
-        constexpr int kMost = S::kBlocks * S::kGroups >= 4 ? 2 : 4;  // inner levels of the tree, by registers
+        constexpr int kMost = S::kBlocks * S::kGroups >= 4 || kSteps > 4 ? 2 : 4;  // inner levels of the tree, by registers
         constexpr int kUnroll = S::kLeavesEach < kMost ? S::kLeavesEach : kMost;
         constexpr int kRowBytes = kChunks * 16;
         const int x_at = swizzle_leaf(leaf_warp * kLeafRows + token_warp * S::kGroups * 8 + g, t, kChunks);
@@ -308,9 +302,9 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         writes[h] = tile.writes(token0 + 2 * t + h);
     }
 #pragma unroll 1
-    for (int stage = 0; stage < kExpandStages; ++stage) {
+    for (int stage = 0; stage < expand_stages; ++stage) {
         const unsigned char* const slot = next_stage();
-        const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < N;
+        const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < width;
         typename E::Y y_pair[2];
         E::multiply(y_pair, slot, place, v);
 #pragma unroll

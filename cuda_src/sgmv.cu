@@ -37,7 +37,7 @@ __launch_bounds__(kThreads, MIN_BLOCKS)
          i32 segments, i64 tokens, i32 slots, i64 stride, i64 layer, i64 x_stride, i64 out_stride, float scale) {
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 step = static_cast<i64>(gridDim.x / kCluster) * kTileRows;
-    CUPY_LORA_SHARED(shared);
+    unsigned char* const shared = block_shared();
 #if PHASE == 1
     Exchange ex = exchange_start(shared);
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();

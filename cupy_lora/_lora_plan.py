@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16", FLOAT32: "float"}
 _MAX_RANK_SHARED: Final = 1024  # kMaxRank of lora_config.cuh
 _STRAIGHT_RANK: Final = 64  # ranks to here take one exchange
+_CODED_IN: Final = 8192  # longest x with several of them
 _CODED_RANKS: Final = 4  # ranks with code of their own in one kernel
 _VECTOR: Final = 16  # bytes of the widest access
 _MAX_GRID_YZ: Final = 65535
@@ -95,10 +96,15 @@ def _defines(config: LoraConfig, **values: int | str) -> Defines:
     return tuple(sorted(values.items()))
 
 
-def coded_ranks(ranks: frozenset[int]) -> tuple[int, ...]:
+def coded_ranks(
+    ranks: frozenset[int], config: LoraConfig, in_features: int, widths: tuple[int, ...]
+) -> tuple[int, ...]:
     """The ranks that get code of their own: those that are staged first, the largest of them."""
     order = sorted(ranks, key=lambda rank: (not staged_rank(rank), rank > _STRAIGHT_RANK, rank % 8 != 0, -rank))
-    return tuple(sorted(order[:_CODED_RANKS])) or (16,)
+    # Several bodies in one kernel spill registers where a block has a whole tile, long leaves or several widths.
+    shared = config.cluster > 1 or config.form == "ring"
+    most = _CODED_RANKS if shared and in_features <= _CODED_IN and len(set(widths)) == 1 else 1
+    return tuple(sorted(order[:most])) or (16,)
 
 
 # ---- bgmv and sgmv -------------------------------------------------------------------------------
@@ -285,15 +291,16 @@ def add_lora(
         y.dtype,
         weights.in_features,
         widths,
-        coded_ranks(weights.rank_set),
+        coded_ranks(weights.rank_set, config, weights.in_features, widths),
         _vectors(x, weights.in_features),
         int(all(width % 8 == 0 for width in widths) and _vectors(y, weights.width)),
     )
     bound = batch.tile_bound(config.rows, tokens)
     tiles_of, counter, _ = batch.schedule(config.rows)
     grid = (max(1, bound) * config.cluster, len(widths), 1)
-    args = (x, y, weights.table_view, tiles_of, counter, np.int32(tokens), _row_stride(x), _row_stride(y))
-    return Launch(kernel, grid, (*args, np.float32(scale)))
+    args = (x, y, weights.table_view, tiles_of, counter, np.int32(tokens), np.int32(weights.max_adapters))
+    strides = (np.uint32(_row_stride(x)), np.uint32(_row_stride(y)))
+    return Launch(kernel, grid, (*args, *strides, np.float32(scale)))
 
 
 def _layer_kernel(

@@ -179,15 +179,14 @@ def choose_lora(
         rows = next((height for height in heights if height >= wanted), heights[-1] if heights else 0)
         if rows == 16 and tiles[16] * slices > 3 * facts.sm_count and 32 in tiles:
             rows = 32
-        if rows and tokens >= 10 * tiles[rows] and tokens >= _RING_TOKENS:
+        if rows and tokens >= 10 * tiles[rows] and tiles[rows] * slices >= 0.75 * facts.sm_count:
             ring_config = _ring(rank, rows, tiles[rows] * slices, in_features, facts)
             if ring_config.stages >= 3:
                 return ring_config
-    return _direct(rank, tiles[8] * slices, facts, in_features)
+    return _direct(rank, tiles[8] * slices, facts)
 
 
 _RING_RANKS: Final = (8, 16, 32, 64)
-_RING_TOKENS: Final = 128
 _RING_BYTES: Final = 88 * 1024  # in flight per multiprocessor
 _EXCHANGE_BYTES: Final = 56 * 1024  # the most that a ring kernel needs beside its slots
 
@@ -214,23 +213,18 @@ def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     return slot, leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
-def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0) -> LoraConfig:
-    # Clusters that do not all fit cost a second wave: the fewer tiles, the more blocks share one.
+def _direct(rank: int, clusters: int, facts: DeviceFacts) -> LoraConfig:
+    # Measured on 132 multiprocessors: clusters that do not all fit cost a second wave, so the fewer there are, the
+    # more blocks share one; a light rank leaves room for several blocks a multiprocessor.
     light = rank <= 16
-    two = 2 if light and in_features <= _TWO_BLOCKS_IN else 1
     limit = _shared_limit(facts)
-    small = limit <= 100 * 1024 and not light
-    warps, stages = (4, 1) if small else (8, 2 if light or limit > 200 * 1024 else 1)
-    if facts.arch < 90:
-        return LoraConfig("direct", 8, 1, warps, stages)
-    if clusters * 8 <= 2 * facts.sm_count:
-        return LoraConfig("direct", 8, 8, 4 if light or small else 8, 2 if light else 1)
-    if clusters * 4 <= (2 if light else 1) * facts.sm_count:
-        return LoraConfig("direct", 8, 4, warps, stages, two)
-    return LoraConfig("direct", 8, 2, warps, stages, two)
-
-
-_TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
+    share = clusters / facts.sm_count
+    if facts.arch < 90 or not (light or limit > 100 * 1024):
+        return LoraConfig("direct", 8, 1, 8, 2 if light else 1)
+    if light:
+        cluster, warps = (8, 4) if share <= 0.36 else (2, 8) if share <= 1.0 else (2, 4) if share <= 1.5 else (1, 4)
+        return LoraConfig("direct", 8, cluster, warps, 2)
+    return LoraConfig("direct", 8, 8 if share <= 0.125 else 2, 8, 1)
 
 
 def _shared_limit(facts: DeviceFacts) -> int:
