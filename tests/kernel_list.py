@@ -103,6 +103,7 @@ def add_lora_kernel(plan: Any, case: cases.Case, facts: _jit.DeviceFacts) -> _ji
     ranks = {case.rank_of(slot, part) for slot in range(len(case.ranks)) for part in range(len(case.outs))} - {0}
     weights = SimpleNamespace(  # what the plan reads of a LoraWeights: the adapters themselves would take gigabytes
         rank_set=frozenset(ranks),
+        max_adapters=len(case.ranks),
         slices=case.outs,
         width=sum(case.outs),
         in_features=case.in_features,
