@@ -42,8 +42,8 @@ CUPY_LORA_DEVICE Staging carve_staging(u8*& shared) {
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     batch_decode(const ELEMENT* q, ELEMENT* out, float* lse, const i64* kv_ptrs, const i32* kv_indptr,
                  const i32* last_page_offset, float* partial_acc, float* partial_rows, i32* arrived,
-                 const Turns frequencies, i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 layer,
-                 i32 window, i32 slots, i32 share, float scale, float cap) {
+                 const Turns frequencies, i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 layer, i32 window,
+                 i32 slots, i32 share, float scale, float cap) {
     CUPY_LORA_SHARED(memory);
     u8* shared = memory;
     u8* const queries = carve<u8>(shared, 16 * ROW_BYTES);
@@ -164,16 +164,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     // Token and head of a row, as a number of rows of DIM; the token alone where heads do not matter.
     const auto token = [&](int row) { return static_cast<i64>(unit.start) + (unit.first_row + row) / GROUP; };
     const auto head_of = [&](int row) { return head * GROUP + (unit.first_row + row) % GROUP; };
-    stage_queries(queries, ROWS, [&](int row) {
-        return row < rows ? q + token(row) * q_stride + head_of(row) * DIM : nullptr;
-    });
+    stage_queries(queries, ROWS,
+                  [&](int row) { return row < rows ? q + token(row) * q_stride + head_of(row) * DIM : nullptr; });
 
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     u8* const own = queries + warp * WARP_ROWS * ROW_BYTES;
     // Keys that the tile's rows, and those of this warp, can see: begin .. end - 1.
     const auto oldest = [&](int row) { return WINDOW ? max(position(row) - window + 1, 0) : 0; };
-    const auto newest = [&](int row) { return CAUSAL ? min(position(row) + 1, length) : position(row) < 0 ? 0 : length; };
+    const auto newest = [&](int row) {
+        return CAUSAL ? min(position(row) + 1, length) : position(row) < 0 ? 0 : length;
+    };
     for (int row = static_cast<int>(threadIdx.x); row < ROWS; row += THREADS) spans[row] = {oldest(row), newest(row)};
     const i32 begin = oldest(0) / TILE;
     const i32 end = max((newest(rows - 1) + TILE - 1) / TILE, begin);

@@ -57,7 +57,7 @@ CUPY_LORA_DEVICE i32 chunk_of(i32 keys) {
 
 // Each thread looks after a run of sequences: what comes before it, in keys, slots and units.
 class Schedule {
-public:
+  public:
     CUPY_LORA_DEVICE Schedule(const Work& work, i64* scratch) : work_(work) {
         const i32 each = (work.batch + THREADS - 1) / THREADS;
         begin_ = min(static_cast<i32>(threadIdx.x) * each, work.batch);
@@ -89,14 +89,14 @@ public:
                 const i32 end = (length + TILE - 1) / TILE;
                 const i32 begin = first + static_cast<i32>(number - at) * tiles;
                 const i32 own_slot = static_cast<i32>(slot + (number - at));
-                *unit = {sequence, length, begin,   chunks != 0 && begin + tiles < end ? begin + tiles : end, tiles,
-                         chunks,   own_slot, static_cast<i32>(slot)};
+                *unit = {sequence, length, begin,    chunks != 0 && begin + tiles < end ? begin + tiles : end,
+                         tiles,    chunks, own_slot, static_cast<i32>(slot)};
             }
             at += count;
         });
     }
 
-private:
+  private:
     CUPY_LORA_DEVICE i32 keys_of_sequence(i32 sequence) const {
         const i32 length = length_of(work_.cache, sequence);
         return length - first_tile(length, work_.window) * TILE;
@@ -105,7 +105,8 @@ private:
     // Slots that a sequence asks for.
     CUPY_LORA_DEVICE i32 wanted(i32 keys) const {
         const i32 chunk = chunk_of(keys);
-        return keys > chunk && static_cast<i64>(keys) * work_.share > all_keys_ * UNITS ? (keys + chunk - 1) / chunk : 0;
+        return keys > chunk && static_cast<i64>(keys) * work_.share > all_keys_ * UNITS ? (keys + chunk - 1) / chunk
+                                                                                        : 0;
     }
 
     // f(sequence, keys, chunks with a block each (0: one block for all), first slot) for each of this thread's.
@@ -161,8 +162,8 @@ struct Joined {
     Row* rows;     // [2][ROWS], of an even and of an odd number of chunks
 };
 
-// The warps' shares of a chunk, joined in the order of the warps: take(row, column, result of the row, quad of columns).
-// All threads; what take leaves for other threads they see on return.
+// The warps' shares of a chunk, joined in the order of the warps: take(row, column, result of the row, quad of
+// columns). All threads; what take leaves for other threads they see on return.
 template <class Take>
 CUPY_LORA_DEVICE void join_warps(Block<1>& block, const Joined& joined, float scale, Take take) {
     const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -11,14 +11,14 @@
 #include "rope.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int PIECES = DIM / 8;                 // 16-byte pieces of a row
-constexpr int ROW_BYTES = DIM * 2 + 16;         // of a staged row
-constexpr int SIDE_BYTES = TILE * ROW_BYTES;    // of a tile's keys, or values
+constexpr int PIECES = DIM / 8;               // 16-byte pieces of a row
+constexpr int ROW_BYTES = DIM * 2 + 16;       // of a staged row
+constexpr int SIDE_BYTES = TILE * ROW_BYTES;  // of a tile's keys, or values
 constexpr int STAGE_BYTES = 2 * SIDE_BYTES;
 constexpr i64 PAGE_SIDE = static_cast<i64>(HEADS) * PAGE * DIM * 2;  // from a page's keys to its values, one layer
-constexpr int PAIRS = DIM / 2;                  // that RoPE rotates
-constexpr int NEAR = 8;                         // positions of the near table
-constexpr int FAR = ceil_div(TILE, NEAR);       // entries of the far table of one tile
+constexpr int PAIRS = DIM / 2;                                       // that RoPE rotates
+constexpr int NEAR = 8;                                              // positions of the near table
+constexpr int FAR = ceil_div(TILE, NEAR);                            // entries of the far table of one tile
 constexpr float LOG2E = 1.44269504088896f;
 constexpr float LN2 = 0.693147180559945f;
 

@@ -48,9 +48,7 @@ CUPY_LORA_DEVICE float quad_sum(float v) {
     return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
-CUPY_LORA_DEVICE float tanh_of(float v) {
-    return 1.f - __fdividef(2.f, 1.f + ptx::exp2_approx(v * (2.f * LOG2E)));
-}
+CUPY_LORA_DEVICE float tanh_of(float v) { return 1.f - __fdividef(2.f, 1.f + ptx::exp2_approx(v * (2.f * LOG2E))); }
 
 // One step of the online softmax over KEYS keys; the whole warp takes part. Only the first HALVES halves of each
 // block have queries. `scale` turns a score into an exponent of two; soft_cap: a score s is tanh(s * cap) first.

@@ -23,8 +23,9 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
         ExpandStaged<kRank> expand;
-        shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x_row, w.a, kRank,
-                                                  [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); }, first_x);
+        shrink_leaves<kWidth / 16, kShrinkBudget>(
+            ex, x_row, w.a, kRank, [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); },
+            first_x);
         __syncthreads();
         exchange_parts<kWidth>(ex, tile.rows);
         expand.finish([&](int rank) {
@@ -33,7 +34,8 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
         });
     } else {
         const int rank = kRank ? kRank : w.rank;
-        shrink_chunks<kRank ? chunk_of(kRank) : kAnyChunk, kRank ? kShrinkBudget : kAnyBudget>(ex, x_row, w.a, rank, tile.rows);
+        shrink_chunks<kRank ? chunk_of(kRank) : kAnyChunk, kRank ? kShrinkBudget : kAnyBudget>(ex, x_row, w.a, rank,
+                                                                                               tile.rows);
         expand_any<kRank>(tile, y, layer.y_stride, w.b, rank, layer.width,
                           [&](int at) { return ex.v[g * (kMaxRank + 4) + at] * scale; });
     }
@@ -99,7 +101,8 @@ CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Rows& tile
 #if TILE_ROWS > 8
 #define ROWS_PARAMETERS int rows, const i32 *list, i32 tokens
 #define ROWS_ARGUMENTS tile.rows, tile.list, tile.tokens
-#define ROWS_OF_PARAMETERS RingTile{rows, list, tokens}
+#define ROWS_OF_PARAMETERS \
+    RingTile { rows, list, tokens }
 #else
 #define ROWS_PARAMETERS int rows, int own, u32 written
 #define ROWS_ARGUMENTS tile.rows, tile.own, tile.written
@@ -131,9 +134,8 @@ CUPY_LORA_DEVICE void tile_or_call(Block& block, const Layer& layer, const Rows&
     if constexpr (kOneBody && kRank > 0) {
         tile_of<kRank>(block, layer, tile, w, y, x_row, first_x);
     } else {
-        const u32 state =
-            tile_call<kRank>(state_of(block), layer.x, y, layer.x_stride, layer.y_stride, ROWS_ARGUMENTS, w.a, w.b, w.rank,
-                                w.scale * layer.scale, layer.width);
+        const u32 state = tile_call<kRank>(state_of(block), layer.x, y, layer.x_stride, layer.y_stride, ROWS_ARGUMENTS,
+                                           w.a, w.b, w.rank, w.scale * layer.scale, layer.width);
         block = block_at(shared, state);
     }
 }

@@ -72,7 +72,8 @@ CUPY_LORA_DEVICE void put(const Lists& lists, const int* base, int slot, int pla
 }
 
 template <int H = 0>
-CUPY_LORA_DEVICE void put_all(const Lists& lists, const int* base, int slots, int slot, int place, int total, int token) {
+CUPY_LORA_DEVICE void put_all(const Lists& lists, const int* base, int slots, int slot, int place, int total,
+                              int token) {
     if constexpr (H < kHeightCount) {
         put<H>(lists, base + H * slots, slot, place, total, token);
         put_all<H + 1>(lists, base, slots, slot, place, total, token);
@@ -118,7 +119,8 @@ CUPY_LORA_DEVICE void build_tiles_block(unsigned char* shared, int block, const 
         const i64 token = first + thread;
         const int s = segment_of(indptr, segments, token);
         const i64 adapter = slot_of[s];
-        if (indptr[s] <= token && token < indptr[s + 1] && adapter >= 0 && adapter < slots) slot = static_cast<int>(adapter);
+        if (indptr[s] <= token && token < indptr[s + 1] && adapter >= 0 && adapter < slots)
+            slot = static_cast<int>(adapter);
     }
 #else
     if (places) {

@@ -12,7 +12,8 @@
 //
 // Shared memory (bytes): 128 for two mbarriers | received: float [2][kCluster][8][kChunk] (clusters) |
 // parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] | v: float [8][kMaxRank + 4] (ranks that are
-// not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are). `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
+// not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are). `direct_shared_bytes` in
+// cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: kCluster * kWarps <= 64, both powers of two.
 #pragma once
@@ -55,13 +56,14 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
     constexpr int kFull = kBudget / (4 + 8 * kBlocks);
     constexpr int kFit = !kXVectors || !kAVectors || (kBlocks > 2 && kMine > 4) ? 1 : kFull;
     constexpr int kBatch = floor_power(kFit / kSteps < kMine ? kFit / kSteps : kMine);  // leaves; 0: part of one
-    constexpr int kLeavesAt = kBatch > 0 ? kBatch : 1, kStepsAt = kBatch > 0 ? kSteps : ceil_div(kSteps, ceil_div(kSteps, kFit > 0 ? kFit : 1));
+    constexpr int kLeavesAt = kBatch > 0 ? kBatch : 1,
+                  kStepsAt = kBatch > 0 ? kSteps : ceil_div(kSteps, ceil_div(kSteps, kFit > 0 ? kFit : 1));
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_column = ((blockIdx.x % kCluster) * kWarps + warp) * kMine * Leaf<kIn>::kColumns + 8 * t;
     const Half* x_at = x_row + first_column;
     const Half* a_at = a + static_cast<i64>(g) * kARow + static_cast<i64>(first_column) * kAColumn;
     int left = kIn - first_column;  // columns from here on
-    const auto load = [&](int step, uint4& x, uint4 (&rows)[kBlocks][2], bool has_x) {
+    const auto load = [&](int step, uint4& x, uint4(&rows)[kBlocks][2], bool has_x) {
         const int column = 32 * step, valid = Leaf<kIn>::kExact ? 8 : left - column;
         if (!has_x) x = load_columns<kXVectors>(x_at + column, valid);
 #pragma unroll
@@ -74,9 +76,7 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
             }
         }
     };
-    const auto advance = [&](int steps) {
-        x_at += 32 * steps, a_at += 32 * steps * kAColumn, left -= 32 * steps;
-    };
+    const auto advance = [&](int steps) { x_at += 32 * steps, a_at += 32 * steps * kAColumn, left -= 32 * steps; };
 
     volatile float* const zero_at = ex.parts + warp * 8 * (kWidth + 4) + lane;  // this warp's own: others may be ahead
     *zero_at = 0.f;
@@ -135,7 +135,8 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) part[(2 * t + e % 2) * (kWidth + 4) + 16 * b + g + 8 * (e / 2)] = tree.total(b, 0, e);
+        for (int e = 0; e < 4; ++e)
+            part[(2 * t + e % 2) * (kWidth + 4) + 16 * b + g + 8 * (e / 2)] = tree.total(b, 0, e);
     }
 }
 
@@ -236,8 +237,8 @@ CUPY_LORA_DEVICE E expand_start(const Tile& tile, Out* y, u64 y_stride, const Ha
 
 // Ranks and arrays that the staged expand takes; the others loop over global memory (expand_any).
 template <int kRank>
-constexpr bool kStaged = slot_rank(kRank) && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed &&
-                         sizeof(Out) == 2;
+constexpr bool kStaged =
+    slot_rank(kRank) && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed && sizeof(Out) == 2;
 
 // This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
 // `request` asks for the first of them, which does not take v; `finish` multiplies.
@@ -268,7 +269,8 @@ struct ExpandStaged {
             for (int j = 0; j < kBChunks / 32; ++j) {
                 const int item = lane + 32 * j, row = item / (kRank / 8);
                 if (kWhole || column + row < width) {
-                    ptx::copy_async_16(slot + S::b_byte(row, item % (kRank / 8)), b_from + unit * kDeal * kUnit * kRank + 256 * j);
+                    ptx::copy_async_16(slot + S::b_byte(row, item % (kRank / 8)),
+                                       b_from + unit * kDeal * kUnit * kRank + 256 * j);
                 }
             }
 #pragma unroll
@@ -282,7 +284,8 @@ struct ExpandStaged {
         ptx::copy_async_commit();
     }
 
-    CUPY_LORA_DEVICE void request(unsigned char* stages, const Tile& tile, Out* y, u64 y_stride, const Half* b, int columns) {
+    CUPY_LORA_DEVICE void request(unsigned char* stages, const Tile& tile, Out* y, u64 y_stride, const Half* b,
+                                  int columns) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
         slots = stages + warp * STAGES * kStageBytes;
         rows = tile.rows;
@@ -331,7 +334,7 @@ struct ExpandStaged {
 // which leaves the sums as they are with a run known at compile time. kVector 8 takes runs of 8 only.
 template <int kVector, class V>
 CUPY_LORA_DEVICE void expand_any_run(const Tile& tile, Out* y, u64 y_stride, const Half* b, int rank, int width,
-                                 const V& v_of) {
+                                     const V& v_of) {
     using E = Expand<8, kVector, 2>;
     const auto e = expand_start<E>(tile, y, y_stride, b, rank, width);
     const int run = kVector == 8 ? 8 : rank_run(rank), t = threadIdx.x % 4;
@@ -351,7 +354,8 @@ CUPY_LORA_DEVICE void expand_any_run(const Tile& tile, Out* y, u64 y_stride, con
             for (int s = 0; s < 2; ++s) {
                 float part[4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) part[i] = 4 * s + i < run && first + 4 * s + i < rank ? v_of(first + 4 * s + i) : 0.f;
+                for (int i = 0; i < 4; ++i)
+                    part[i] = 4 * s + i < run && first + 4 * s + i < rank ? v_of(first + 4 * s + i) : 0.f;
                 v[s].set(make_float4(part[0], part[1], part[2], part[3]));
             }
             expand_group<8>(sum, b_in, v);

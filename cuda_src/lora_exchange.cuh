@@ -17,14 +17,14 @@ CUPY_LORA_DEVICE unsigned char* block_shared() {
 
 // What the two phases exchange, and where in shared memory.
 struct Exchange {
-    u64* barriers;    // [2], one for each half of `received`
-    float* parts;     // [kWarps][8][kChunk + 4]
-    float* received;  // [2][kCluster][8][kChunk]
-    float* whole;     // [8][kChunk]: summed over the cluster
-    float* v;         // [8][kMaxRank + 4]: of every rank, where they take several exchanges
+    u64* barriers;          // [2], one for each half of `received`
+    float* parts;           // [kWarps][8][kChunk + 4]
+    float* received;        // [2][kCluster][8][kChunk]
+    float* whole;           // [8][kChunk]: summed over the cluster
+    float* v;               // [8][kMaxRank + 4]: of every rank, where they take several exchanges
     unsigned char* stages;  // [kWarps][STAGES]: slots of B and y
-    u32 uses;         // exchanges so far: half = uses % 2, parity of its barrier = uses / 2 % 2
-    bool joined;      // the other blocks of the cluster are known to run
+    u32 uses;               // exchanges so far: half = uses % 2, parity of its barrier = uses / 2 % 2
+    bool joined;            // the other blocks of the cluster are known to run
 };
 
 constexpr int kReceivedBytes = kCluster > 1 ? 2 * kCluster * 8 * kChunk * 4 : 0;
@@ -34,7 +34,7 @@ constexpr CUPY_LORA_DEVICE int widest_staged() {
     return widest;
 }
 constexpr int kStageBytes = 64 * (widest_staged() + 8) * 2;  // 64 columns of B and of 8 rows of y
-constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;  // then `whole` and v
+constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;   // then `whole` and v
 
 // What a block keeps of its exchanges from one tile to the next; the rest are addresses.
 struct ExchangeState {
@@ -79,7 +79,7 @@ CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* shared) {
 // Whether each lane sums the blocks' parts of its own ranks. Where that takes many loads, the block sums them
 // once instead, at the price of one more barrier.
 template <int kWidth>
-constexpr bool kReadParts = kCluster > 1 && kCluster * kWidth <= 128;
+constexpr bool kReadParts = kCluster > 1 && kCluster* kWidth <= 128;
 
 // Four ranks of a token, summed over this block's warps.
 template <int kWidth>
@@ -102,7 +102,8 @@ template <int kWidth, class Sum>
 CUPY_LORA_DEVICE void sum_quads(const Exchange& ex, int rows, float* to, const Sum& sum) {
 #pragma unroll
     for (int first = 0; first < 8 * kWidth / 4; first += kThreads) {
-        const int quad = first + static_cast<int>(threadIdx.x), token = quad / (kWidth / 4), rank = quad % (kWidth / 4) * 4;
+        const int quad = first + static_cast<int>(threadIdx.x), token = quad / (kWidth / 4),
+                  rank = quad % (kWidth / 4) * 4;
         if (token < rows) *reinterpret_cast<float4*>(to + token * kWidth + rank) = sum(token, rank);
     }
     __syncthreads();
@@ -139,7 +140,8 @@ CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
         }
         ptx::mbarrier_wait(barrier, parity);
         if constexpr (!kReadParts<kWidth>) {
-            sum_quads<kWidth>(ex, rows, ex.whole, [&](int token, int rank) { return received<kWidth>(ex, half, token, rank); });
+            sum_quads<kWidth>(ex, rows, ex.whole,
+                              [&](int token, int rank) { return received<kWidth>(ex, half, token, rank); });
         }
     } else {
         sum_quads<kWidth>(ex, rows, ex.whole, [&](int token, int rank) { return part_sum<kWidth>(ex, token, rank); });
@@ -155,4 +157,3 @@ CUPY_LORA_DEVICE float4 exchanged(const Exchange& ex, int token, int rank) {
         return *reinterpret_cast<const float4*>(ex.whole + token * kWidth + rank);
     }
 }
-

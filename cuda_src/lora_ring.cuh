@@ -115,12 +115,13 @@ CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float*
         ex.joined = true;
     }
     const auto send = [](float* to, float4 v, u64* barrier, int peer) {
-        const uint4 bits = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
+        const uint4 bits =
+            make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
         ptx::store_async_16(ptx::map_shared(to, peer), bits, ptx::map_shared(barrier, peer));
     };
     for (int e = thread; e < rows * kQuads; e += kThreads) {
-        send(rx.shares + (block * kShare + e % kShare) * 4, ring_part<kRank>(parts, e / kQuads, e % kQuads * 4), rx.barriers,
-             e / kShare);
+        send(rx.shares + (block * kShare + e % kShare) * 4, ring_part<kRank>(parts, e / kQuads, e % kQuads * 4),
+             rx.barriers, e / kShare);
     }
     ptx::mbarrier_wait(rx.barriers, parity);
     for (int item = thread; item < kShare * kCluster; item += kThreads) {
@@ -135,15 +136,16 @@ CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float*
 }
 
 template <int kRank>
-CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* local, const Layer& layer, const RingTile& tile,
-                                const Record& w, Out* y) {
+CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* local, const Layer& layer,
+                                const RingTile& tile, const Record& w, Out* y) {
     using S = RingShape<kRank>;
     constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;
     using E = typename S::Expand;
     const int width = width_of(layer.width);
     const int expand_stages = ceil_div(ceil_div(width, S::kColumns), kCluster);
     constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * kCluster) == 0;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4,
+              t = lane % 4;
     const int block = static_cast<int>(blockIdx.x % kCluster);
     float* const parts = reinterpret_cast<float*>(local);
     unsigned char* const ring = local + S::kPartBytes;
@@ -151,7 +153,8 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     // ---- the copies of a stage: each thread's share of the 16-byte chunks, all addresses made once
     constexpr int kLeafRows = kTileRows + kRank;
     constexpr int kShrinkItems = S::kLeafWarps * kLeafRows * kChunks, kShrinkEach = ceil_div(kShrinkItems, kThreads);
-    constexpr bool kRegular = kThreads % (2 * kChunks) == 0;  // thread's next chunk: the same one of an even row further
+    constexpr bool kRegular =
+        kThreads % (2 * kChunks) == 0;  // thread's next chunk: the same one of an even row further
     const Half* from[kShrinkEach];
     int to[kRegular ? 1 : kShrinkEach];
     u32 wanted = 0;  // bit j: this thread's chunk j is there
@@ -161,10 +164,12 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         const int column = ((block * S::kLeafWarps + leaf) * S::kLeavesEach * kChunks + item % kChunks) * 8;
         if (j == 0 || !kRegular) to[j] = swizzle_leaf(item / kChunks, item % kChunks, kChunks);
         if (item < kShrinkItems && (row >= kTileRows || row < tile.rows)) wanted |= 1u << j;
-        from[j] = (row < kTileRows ? layer.x + tile.row(row) * layer.x_stride : w.a + static_cast<i64>(row - kTileRows) * kIn) +
+        from[j] = (row < kTileRows ? layer.x + tile.row(row) * layer.x_stride
+                                   : w.a + static_cast<i64>(row - kTileRows) * kIn) +
                   column;
     }
-    constexpr int kYChunks = S::kColumns / 8, kYEach = kTileRows * kYChunks / kThreads, kBItems = S::kColumns * kRank / 8;
+    constexpr int kYChunks = S::kColumns / 8, kYEach = kTileRows * kYChunks / kThreads,
+                  kBItems = S::kColumns * kRank / 8;
     static_assert(kTileRows * kYChunks % kThreads == 0, "a stage of y is whole chunks per thread");
     const int y_row = thread / kYChunks, y_chunk = thread % kYChunks;
     const int y_to = E::y_byte(y_row, y_chunk);
@@ -233,7 +238,8 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     const int rank_warp = warp % S::kRankWarps, token_warp = warp / S::kRankWarps % S::kTokenWarps;
     const int leaf_warp = warp / (S::kRankWarps * S::kTokenWarps);
     {
-        constexpr int kMost = S::kBlocks * S::kGroups >= 4 || kSteps > 4 ? 2 : 4;  // inner levels of the tree, by registers
+        constexpr int kMost =
+            S::kBlocks * S::kGroups >= 4 || kSteps > 4 ? 2 : 4;  // inner levels of the tree, by registers
         constexpr int kUnroll = S::kLeavesEach < kMost ? S::kLeavesEach : kMost;
         constexpr int kRowBytes = kChunks * 16;
         const int x_at = swizzle_leaf(leaf_warp * kLeafRows + token_warp * S::kGroups * 8 + g, t, kChunks);

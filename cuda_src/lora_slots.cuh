@@ -15,7 +15,7 @@ constexpr CUPY_LORA_DEVICE bool slot_rank(int rank) { return rank == 8 || rank =
 template <int kRank, int kPairs, int kColumns, int kTokens>
 struct Slot {
     static constexpr int kRun = rank_run(kRank), kGroups = ceil_div(kRank, 4 * kRun);
-    static constexpr int kYChunks = kColumns / 8;  // of a row
+    static constexpr int kYChunks = kColumns / 8;    // of a row
     static constexpr int kY = kColumns * kRank * 2;  // byte where y starts
     static constexpr int kBytes = kY + kTokens * kColumns * 2;
     static constexpr int kSwap = kRank < 64 ? 64 / kRank : 1;
@@ -66,7 +66,8 @@ struct Slot {
         float sum[kPairs][4];
         if constexpr (kAddToY) {
             y[0].load(reinterpret_cast<const Half*>(slot + p.y), 8);
-            y[1].load(reinterpret_cast<const Half*>(slot + p.y + kYChunks * 16), 8);  // 2t and 2t + 1 are swizzled alike
+            y[1].load(reinterpret_cast<const Half*>(slot + p.y + kYChunks * 16),
+                      8);  // 2t and 2t + 1 are swizzled alike
         }
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {

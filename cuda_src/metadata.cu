@@ -70,8 +70,7 @@ CUPY_LORA_DEVICE Sums sums_ahead(const INPUT_LENGTH* __restrict__ input, const C
 // Row `row` of the table to its place; returns the sums ahead of the row.
 CUPY_LORA_DEVICE Sums ragged_row(const TABLE* __restrict__ table, i64 stride, i32 width,
                                  const INPUT_LENGTH* __restrict__ input, const CACHE_LENGTH* __restrict__ cache,
-                                 int row, int chunk, int chunks, RAGGED* __restrict__ ragged, u32 total,
-                                 u32* shared) {
+                                 int row, int chunk, int chunks, RAGGED* __restrict__ ragged, u32 total, u32* shared) {
     const TABLE* const from = table + row * stride;
     const int first = chunk * CHUNK + static_cast<int>(threadIdx.x);
     TABLE held[PER_THREAD];
@@ -105,8 +104,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     CUPY_LORA_SHARED(shared);
     const int row = static_cast<int>(blockIdx.x) / chunks;
     const int chunk = static_cast<int>(blockIdx.x) % chunks;
-    ragged_row(table, stride, width, input, cache, row, chunk, chunks, ragged, total,
-               reinterpret_cast<u32*>(shared));
+    ragged_row(table, stride, width, input, cache, row, chunk, chunks, ragged, total, reinterpret_cast<u32*>(shared));
 }
 
 // cu_seqlen and ragged_indptr (rows + 1 entries each) may be null.
@@ -117,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                 SLOT_INDEX* __restrict__ slot_indices, u32 tokens, i32* __restrict__ cu_seqlen,
                 i32* __restrict__ ragged_indptr
 #if SCHEDULE
-                , i32 schedule_blocks, const Index* __restrict__ slot_of, const Pointer* __restrict__ indptr,
+                ,
+                i32 schedule_blocks, const Index* __restrict__ slot_of, const Pointer* __restrict__ indptr,
                 i32 segments, i32 rows_of_batch, i32 slots, Lists lists, i32* __restrict__ tile_count
 #endif
     ) {
@@ -227,9 +226,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    slots_filtering(const SLOT* __restrict__ slots, i64 slots_size, FILTERED* __restrict__ filtered,
-                    i64 filtered_size, const CUMULATIVE* __restrict__ cu, const START* __restrict__ starts, i32 rows,
-                    i32 chunks) {
+    slots_filtering(const SLOT* __restrict__ slots, i64 slots_size, FILTERED* __restrict__ filtered, i64 filtered_size,
+                    const CUMULATIVE* __restrict__ cu, const START* __restrict__ starts, i32 rows, i32 chunks) {
     const Place at = place(chunks);
     if (at.row >= rows) return;
     const i64 from = starts[at.row];

@@ -27,12 +27,12 @@
 using T = ELEMENT;
 using W = WEIGHT;
 
-constexpr bool FUSED = FUSED_ADD;                       // the residual form
+constexpr bool FUSED = FUSED_ADD;                          // the residual form
 constexpr int PER_VEC = 16 / static_cast<int>(sizeof(T));  // elements of a vector
-constexpr int FULL_VECS = COLUMNS / PER_VEC;            // vectors of a row, the last partial one apart
-constexpr int TAIL = COLUMNS % PER_VEC;                 // elements of that one
+constexpr int FULL_VECS = COLUMNS / PER_VEC;               // vectors of a row, the last partial one apart
+constexpr int TAIL = COLUMNS % PER_VEC;                    // elements of that one
 constexpr int REG_VECS = VECS;
-constexpr int IN_SHARED = VECS + SHARED_VECS;           // end of the vectors that are held on the chip
+constexpr int IN_SHARED = VECS + SHARED_VECS;  // end of the vectors that are held on the chip
 constexpr int ALL_VECS = IN_SHARED + REREAD_VECS;
 constexpr int ROWS = THREADS > 32 ? 1 : BLOCK / THREADS;  // of a block at a time
 constexpr int WARPS = ceil_div(THREADS, 32);              // of a row
@@ -300,11 +300,9 @@ CUPY_LORA_DEVICE i64 row_offset(i64 row, i64 inner, const Strides& strides) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) rms_norm(const T* input, T* residual,
-                                                             const W* __restrict__ weight, T* out, i64 rows,
-                                                             i64 inner, Strides input_strides,
-                                                             Strides residual_strides, Strides out_strides,
-                                                             float epsilon) {
+extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
+    rms_norm(const T* input, T* residual, const W* __restrict__ weight, T* out, i64 rows, i64 inner,
+             Strides input_strides, Strides residual_strides, Strides out_strides, float epsilon) {
     CUPY_LORA_SHARED(shared);
     float* const sums = reinterpret_cast<float*>(shared);
     uint4* const kept = reinterpret_cast<uint4*>(shared + 256);
@@ -366,7 +364,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) rms_norm(const T
             kept[me + (k - REG_VECS) * THREADS] = v.quad;
             sum += sum_of_squares(v);
         });
-        in_batches<IN_SHARED, ALL_VECS>(load, [&](int k, const Raw& one) { sum += sum_of_squares(settle(one, res, k)); });
+        in_batches<IN_SHARED, ALL_VECS>(load,
+                                        [&](int k, const Raw& one) { sum += sum_of_squares(settle(one, res, k)); });
 
         const float scale = rsqrtf(row_sum(sum, sums, set) * (1.f / COLUMNS) + epsilon);
 
@@ -383,8 +382,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS) rms_norm(const T
                 give(to, k, v, load_weights(weight, k), scale);
             }
             // The residual form stored the sum, so it is read back from there.
-            in_batches<IN_SHARED, ALL_VECS>([&](int k) { return load_vector(FUSED ? res : in, k); },
-                                            [&](int k, const Vector& v) { give(to, k, v, load_weights(weight, k), scale); });
+            in_batches<IN_SHARED, ALL_VECS>(
+                [&](int k) { return load_vector(FUSED ? res : in, k); },
+                [&](int k, const Vector& v) { give(to, k, v, load_weights(weight, k), scale); });
         }
 
         if (!more) return;

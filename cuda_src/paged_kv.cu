@@ -22,11 +22,11 @@
 // ACCESS bytes; no two sequences share a page.
 #include "rope.cuh"
 
-constexpr int ROW_VECS = ROW_BYTES / 16;                   // vectors of one head
-constexpr int VECS = HEADS * ROW_VECS;                     // vectors of a token's keys
-constexpr int LANES = WARPS_PER_TOKEN * 32;                // threads of a token
-constexpr int TOKENS = BLOCK / LANES;                      // of a block
-constexpr int ROUND = LANES * BATCH;                       // vectors moved at a time
+constexpr int ROW_VECS = ROW_BYTES / 16;     // vectors of one head
+constexpr int VECS = HEADS * ROW_VECS;       // vectors of a token's keys
+constexpr int LANES = WARPS_PER_TOKEN * 32;  // threads of a token
+constexpr int TOKENS = BLOCK / LANES;        // of a block
+constexpr int ROUND = LANES * BATCH;         // vectors moved at a time
 constexpr int ROUNDS = ceil_div(2 * VECS, ROUND);
 constexpr i64 HALF_BYTES = static_cast<i64>(HEADS) * PAGE * ROW_BYTES;  // a page's keys of one layer
 
@@ -156,10 +156,9 @@ CUPY_LORA_DEVICE void move_token(const u8* k, const u8* v, int lane, Find find R
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) append_kv(const i64* kv_ptrs, const i32* kv_indptr,
-                                                              const i32* last_page_offset, const u8* k,
-                                                              const u8* v, i64 k_stride, i64 v_stride, i32 num_ptrs,
-                                                              i32 batch, i32 layer ROPE_PARAMETER) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    append_kv(const i64* kv_ptrs, const i32* kv_indptr, const i32* last_page_offset, const u8* k, const u8* v,
+              i64 k_stride, i64 v_stride, i32 num_ptrs, i32 batch, i32 layer ROPE_PARAMETER) {
     const int token = static_cast<int>(blockIdx.x) * TOKENS + static_cast<int>(threadIdx.x) / LANES;
     if (token >= batch) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
@@ -186,11 +185,10 @@ CUPY_LORA_DEVICE int count_at_most(const i32* table, int count, int key) {
     return begin;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) init_kv(const i64* kv_ptrs, const i32* kv_indptr,
-                                                            const i32* last_page_offset, const u8* k, const u8* v,
-                                                            const i32* seqlen_indptr, i64 k_stride, i64 v_stride,
-                                                            i32 num_ptrs, i32 batch, i32 tokens,
-                                                            i32 layer ROPE_PARAMETER) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    init_kv(const i64* kv_ptrs, const i32* kv_indptr, const i32* last_page_offset, const u8* k, const u8* v,
+            const i32* seqlen_indptr, i64 k_stride, i64 v_stride, i32 num_ptrs, i32 batch, i32 tokens,
+            i32 layer ROPE_PARAMETER) {
     const int token = static_cast<int>(blockIdx.x) * TOKENS + static_cast<int>(threadIdx.x) / LANES;
     if (token >= tokens) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
