@@ -110,28 +110,28 @@ FAULTS = {
         "norm.cu", (("sums + 32 * set", "sums"),), lambda: rms_norm(5, 4096, clusters=1), "a race"
     ),
     "missing barrier before reuse, stages": Fault(
-        "attention_stage.cuh",
+        "attention*.cuh",
         (("        __syncthreads();  // the tile has landed", "        // the tile has landed"),),
         lambda: attention(40, 300),
         ".",
     ),
     "wrong wait count, copies": Fault(
-        "attention_stage.cuh",
+        "attention*.cuh",
         (("copy_async_wait<STAGES - 2>", "copy_async_wait<STAGES - 1>"),),
         lambda: attention(40, 300),
         ".",
     ),
     "wrong wait count": Fault(
-        "lora_direct.cuh", (("rows * kWidth * 4 * kCluster", "rows * kWidth * 4"),), lambda: add_lora(5), "."
+        "lora_exchange.cuh", (("rows * kWidth * 4 * kCluster", "rows * kWidth * 4"),), lambda: add_lora(5), "."
     ),
     "wrong wait count, too many": Fault(
-        "lora_direct.cuh",
+        "lora_exchange.cuh",
         (("rows * kWidth * 4 * kCluster", "(rows + 1) * kWidth * 4 * kCluster"),),
         lambda: add_lora(5),
         "stuck:\n.*waiting in mbarrier_wait",
     ),
     "wrong phase": Fault(
-        "lora_direct.cuh", (("ex.uses >> 1 & 1", "ex.uses & 1"),), lambda: add_lora(40, clusters=1), "."
+        "lora_exchange.cuh", (("ex.uses >> 1 & 1", "ex.uses & 1"),), lambda: add_lora(40, clusters=1), "."
     ),
     "unpredicated tail": Fault(
         "norm.cu",
