@@ -27,20 +27,19 @@ def sources() -> Path:
 
 @contextlib.contextmanager
 def patched(file: str, *changes: tuple[str, str]) -> Iterator[None]:
-    """Within this context kernels are compiled from sources in which ``file`` is changed.
+    """Within this context kernels are compiled from sources that are changed.
 
-    Each change replaces a text that occurs exactly once.
+    Each change replaces a text that occurs exactly once in the files that match ``file`` (such as ``lora*.cuh``).
     """
     global _sources
     with tempfile.TemporaryDirectory(prefix="cupy_lora_patched_") as folder:
         shutil.copytree(sources(), folder, dirs_exist_ok=True)
-        path = Path(folder) / file
-        text = path.read_text()
         for old, new in changes:
-            if text.count(old) != 1:
-                raise ValueError(f"{file}: expected one place that reads {old!r}, got {text.count(old)}")
-            text = text.replace(old, new)
-        path.write_text(text)
+            places = {path: path.read_text().count(old) for path in Path(folder).glob(file)}
+            if sum(places.values()) != 1:
+                raise ValueError(f"{file}: expected one place that reads {old!r}, got {sum(places.values())}")
+            path = max(places, key=lambda path: places[path])
+            path.write_text(path.read_text().replace(old, new))
         before, _sources = _sources, Path(folder)
         try:
             yield

@@ -15,7 +15,7 @@ from . import runner
 
 
 @contextlib.contextmanager
-def on_cpu(edge: str = "end", clusters: int | None = None, arch: int = 90) -> Iterator[engines.Simt]:
+def on_cpu(edge: str = "end", clusters: int | None = None, arch: int = 90, sms: int = 108) -> Iterator[engines.Simt]:
     """The ``simt`` engine of the tests.
 
     Parameters
@@ -27,6 +27,8 @@ def on_cpu(edge: str = "end", clusters: int | None = None, arch: int = 90) -> It
         Only for kernels that walk over their work with the grid's stride.
     arch : int
         Compute capability that the plans see: 80 is without clusters.
+    sms : int
+        Multiprocessors that they see.
     """
 
     def run(launch: _jit.Launch) -> None:
@@ -36,7 +38,7 @@ def on_cpu(edge: str = "end", clusters: int | None = None, arch: int = 90) -> It
             launch = dataclasses.replace(launch, grid=(min(x, clusters * group), y, min(z, 1)))
         runner.run(launch)
 
-    engine, facts = engines.Simt(edge), _jit.DeviceFacts(arch, 108)
+    engine, facts = engines.Simt(edge), _jit.DeviceFacts(arch, sms)
     with (
         _jit.host_runner(run),
         mock.patch("cupy_lora._arrays.empty", engine.empty),

@@ -1,12 +1,13 @@
 // Runs a CUDA kernel on the CPU: one fiber per CUDA thread, one block (or one cluster) at a time.
 //
 // A fiber runs until it must wait for others; then the scheduler takes the next one, in ascending or
-// descending thread order (Config.descending). Nothing here is concurrent, so a result depends on the
-// order only where the kernel has a race, and runner.py runs both orders and compares. What a GPU may
-// do late is done at the latest legal moment, or at once (Config.early): cp.async lands at the wait
+// descending thread order (Config.descending), a warp as far as it gets or all warps by turns from one
+// shuffle to the next (Config.interleaved). Nothing here is concurrent, so a result depends on the
+// order only where the kernel has a race, and runner.py runs several orders and compares. What a GPU
+// may do late is done at the latest legal moment, or at once (Config.early): cp.async lands at the wait
 // that forces it, st.async when nobody can go on without it.
-// Not modelled: asm text, memory order between warps, FTZ, approximate functions, the tensor core's
-// rounding (an mma sums in double and rounds once), speed.
+// Not modelled: asm text, memory order between warps, blocks that run at the same time, FTZ, approximate
+// functions, the tensor core's rounding (an mma sums in double and rounds once), speed.
 #include "simt.h"
 
 #include <cuda_bf16.h>
@@ -35,7 +36,7 @@ constexpr size_t STACK = 256 << 10, MAX_THREADS = 16 * 1024, PAGE = 4096, ALIGN 
 struct Config {  // mirrored by runner.py
     void (*thread)(void* const* arguments);
     void* const* arguments;
-    unsigned grid[3], block, shared, cluster, descending, early, poison, seconds, message_size;
+    unsigned grid[3], block, shared, cluster, descending, interleaved, early, poison, seconds, message_size;
     unsigned used_async;  // out: whether early and late differ
     char* message;        // out: what is wrong, or empty
     void* fault;          // out: the illegal address
@@ -555,11 +556,15 @@ static void run_cluster(unsigned x, unsigned y, unsigned z) {
         bool any = restart = false;
         for (unsigned i = 0; i < warps && !restart; ++i) {
             Warp& w = blocks[turn(i, warps) / in_block].warps[turn(i, warps) % in_block];
-            while (w.ready && !restart) {
+            // Interleaved: each lane that is ready now runs once, and the next warp goes on.
+            unsigned now = w.ready;
+            while (now && !restart) {
                 any = true;
-                current = w.fibers + (config->descending ? 31 - __builtin_clz(w.ready) : __builtin_ctz(w.ready));
+                const int lane = config->descending ? 31 - __builtin_clz(now) : __builtin_ctz(now);
+                current = w.fibers + lane;
                 threadIdx.x = current->tid, blockIdx = current->block->index;
                 enter(*current);
+                now = config->interleaved ? now & ~(1u << lane) & w.ready : w.ready;
             }
         }
         current = nullptr;

@@ -1,9 +1,10 @@
 """Run a launch plan over host memory (``engine.cpp`` says how).
 
 Use it as ``with _jit.host_runner(runner.run): op(alloc(x), ...)``. Every launch runs in ascending and
-in descending thread order and, where the kernel copies or stores asynchronously, with those done as
-late and as early as they may be; all runs must agree bit for bit. What a kernel writes must be an
-array of :func:`alloc`, or an argument of the launch: only those are put back between the runs.
+in descending thread order, and with the warps taking turns; where the kernel copies or stores
+asynchronously, with those done as late and as early as they may be. All runs must agree bit for bit.
+What a kernel writes must be an array of :func:`alloc`, or an argument of the launch: only those are put
+back between the runs.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class _Config(ctypes.Structure):
         ("shared", ctypes.c_uint),
         ("cluster", ctypes.c_uint),
         ("descending", ctypes.c_uint),
+        ("interleaved", ctypes.c_uint),
         ("early", ctypes.c_uint),
         ("poison", ctypes.c_uint),
         ("seconds", ctypes.c_uint),
@@ -171,9 +173,23 @@ class _Memory:
         return ""
 
 
-def _name(launch: _jit.Launch, descending: bool, early: bool) -> str:
-    order, copies = "descending" if descending else "ascending", "early" if early else "late"
-    return f"{launch.kernel.source}.{launch.kernel.symbol} ({order} thread order, {copies} copies)"
+@dataclass(frozen=True)
+class _Mode:
+    """How one run differs from the others: see engine.cpp."""
+
+    descending: bool = False
+    interleaved: bool = False
+    early: bool = False
+
+    def named(self, launch: _jit.Launch) -> str:
+        order, copies = "descending" if self.descending else "ascending", "early" if self.early else "late"
+        warps = ", warps interleaved" if self.interleaved else ""
+        return f"{launch.kernel.source}.{launch.kernel.symbol} ({order} thread order{warps}, {copies} copies)"
+
+
+_FIRST = _Mode()
+_OTHERS = (_Mode(descending=True), _Mode(interleaved=True))
+_ASYNC = (_Mode(early=True), _Mode(descending=True, early=True))
 
 
 def _check(launch: _jit.Launch) -> None:
@@ -188,11 +204,9 @@ def _check(launch: _jit.Launch) -> None:
         raise SimtError(f"{name}: expected a grid within CUDA's limits, got {launch.grid}")
 
 
-def _run_once(
-    launch: _jit.Launch, library: _Library, mem: _Memory, moved: dict[int, int], descending: bool, early: bool
-) -> bool:
+def _run_once(launch: _jit.Launch, library: _Library, mem: _Memory, moved: dict[int, int], mode: _Mode) -> bool:
     """One run; True where the kernel used asynchronous copies or stores."""
-    kernel, poison = launch.kernel, POISONS[descending]
+    kernel, poison = launch.kernel, POISONS[mode.descending]
     arguments = _Arguments(launch, library.signature, moved)
     regions = [*mem.twins.values(), *mem.regions]
     for region in regions:
@@ -205,8 +219,9 @@ def _run_once(
         block=kernel.block,
         shared=kernel.shared,
         cluster=kernel.cluster,
-        descending=descending,
-        early=early,
+        descending=mode.descending,
+        interleaved=mode.interleaved,
+        early=mode.early,
         poison=poison,
         seconds=_SECONDS,
         message_size=len(message),
@@ -218,31 +233,31 @@ def _run_once(
         text = build.symbolised(text, library.path)
         if config.fault is not None:
             text = text.replace("; ", f"{memory.place(config.fault, regions)}; ", 1)
-        raise SimtError(f"{_name(launch, descending, early)}: {text}")
+        raise SimtError(f"{mode.named(launch)}: {text}")
     for region in regions:
         wrong = region.spoilt(poison)
         if wrong:
-            raise SimtError(f"{_name(launch, descending, early)}: {wrong}")
+            raise SimtError(f"{mode.named(launch)}: {wrong}")
     mem.collect()
     return bool(config.used_async)
 
 
 def run(launch: _jit.Launch) -> None:
-    """Run a plan over host memory, in both thread orders; :class:`SimtError` where anything is wrong."""
+    """Run a plan over host memory, in every order; :class:`SimtError` where anything is wrong."""
     if 0 in launch.grid:
         return
     _check(launch)
     with _lock:
         library = _load(launch.kernel)
         mem = _Memory(launch)
-        used_async = _run_once(launch, library, mem, {}, descending=False, early=False)
+        used_async = _run_once(launch, library, mem, {}, _FIRST)
         expected = mem.copy()
-        for descending, early in [(True, False), (False, True), (True, True)] if used_async else [(True, False)]:
-            moved = mem.restore(twins=descending)
-            _run_once(launch, library, mem, moved, descending, early)
+        for mode in (*_OTHERS, *_ASYNC) if used_async else _OTHERS:
+            moved = mem.restore(twins=mode.descending)
+            _run_once(launch, library, mem, moved, mode)
             difference = mem.difference(expected)
             if difference:
                 raise SimtError(
-                    f"{_name(launch, descending, early)}: a race, or memory read from outside an array: {difference} "
+                    f"{mode.named(launch)}: a race, or memory read from outside an array: {difference} "
                     "from ascending thread order with late copies"
                 )

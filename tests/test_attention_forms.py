@@ -1,0 +1,21 @@
+"""Paged attention as a GPU with few multiprocessors runs it: blocks take several units in turn. The same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from simt.devices import on_cpu
+from test_attention import Case, build, call
+
+pytestmark = pytest.mark.simt
+
+
+@pytest.mark.parametrize("rope", ["llama", None], ids=["llama", "plain"])
+@pytest.mark.parametrize("queries", [None, (1, 17, 0, 40)], ids=["decode", "prefill"])
+def test_few_blocks_take_turns(queries: tuple[int, ...] | None, rope: str | None) -> None:
+    case = Case((300, 17, 0, 90), queries, heads=2, group=4, rope=rope)
+    outs = []
+    for sms in (132, 1):
+        with on_cpu(sms=sms) as engine:
+            outs.append(np.array(call(build(engine, case))).view(np.uint16))
+    np.testing.assert_array_equal(outs[1], outs[0])
