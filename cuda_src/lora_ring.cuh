@@ -23,7 +23,7 @@
 template <int kRank>
 struct RingShape {
     static constexpr int kRows16 = kRank < 16 ? 16 : kRank;  // ranks of v, whole blocks of 16
-    static constexpr int kRankWarps = kRank == 64 ? 2 : 1;
+    static constexpr int kRankWarps = kRank < 64 ? 1 : kTileRows < 64 ? 2 : 4;
     static constexpr int kBlocks = kRows16 / 16 / kRankWarps;  // of 16 ranks, per warp
     static constexpr int kTokenWarps = kTileRows / 8 * kRankWarps > kWarps ? kWarps / kRankWarps : kTileRows / 8;
     static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp

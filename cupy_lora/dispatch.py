@@ -173,17 +173,26 @@ def choose_lora(
     """
     slices = len(widths)
     if ring and rank in _RING_RANKS:
-        # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows.
-        wanted = min(rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths)), 32)
-        heights = sorted(height for height in tiles if 16 <= height <= (32 if rank == 64 else 64))
+        # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows. It pays
+        # where the tiles are nearly full and fill the machine.
+        wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
+        # 64 rows of rank 64 take every register: no room for widths that differ, or for what older parts need.
+        tallest = 32 if rank == 64 and (len(set(widths)) > 1 or facts.arch < 90) else 64
+        heights = [
+            height
+            for height in sorted(tiles)
+            if 16 <= height <= tallest
+            and tokens >= 10 * tiles[height]
+            and tiles[height] * slices >= 0.75 * facts.sm_count
+        ]
         rows = next((height for height in heights if height >= wanted), heights[-1] if heights else 0)
-        if rows == 16 and tiles[16] * slices > 3 * facts.sm_count and 32 in tiles:
+        if rows == 16 and tiles[16] * slices > 3 * facts.sm_count and 32 in heights:
             rows = 32
-        if rows and tokens >= 10 * tiles[rows] and tiles[rows] * slices >= 0.75 * facts.sm_count:
-            ring_config = _ring(rank, rows, tiles[rows] * slices, in_features, facts)
-            if ring_config.stages >= 3:
-                return ring_config
-    return _direct(rank, tiles[8] * slices, facts)
+        if rows:
+            config = _ring(rank, rows, tiles[rows] * slices, in_features, facts)
+            if config.stages >= 3:
+                return config
+    return _direct(rank, tiles[8] * slices, facts, in_features)
 
 
 _RING_RANKS: Final = (8, 16, 32, 64)
@@ -203,7 +212,7 @@ def _ring(rank: int, rows: int, clusters: int, in_features: int, facts: DeviceFa
 
 def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     """Bytes of one slot of the ring, and of the parts beside it: RingShape of lora_ring.cuh."""
-    rank_warps = 2 if rank == 64 else 1
+    rank_warps = 1 if rank < 64 else 2 if rows < 64 else 4
     token_warps = min(rows // 8, 8 // rank_warps)
     leaf_warps = 8 // (rank_warps * token_warps)
     pairs = 2 if rows == 16 and rank >= 32 else 4
@@ -213,7 +222,7 @@ def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     return slot, leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
-def _direct(rank: int, clusters: int, facts: DeviceFacts) -> LoraConfig:
+def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0) -> LoraConfig:
     # Measured on 132 multiprocessors: clusters that do not all fit cost a second wave, so the fewer there are, the
     # more blocks share one; a light rank leaves room for several blocks a multiprocessor.
     light = rank <= 16
@@ -222,9 +231,13 @@ def _direct(rank: int, clusters: int, facts: DeviceFacts) -> LoraConfig:
     if facts.arch < 90 or not (light or limit > 100 * 1024):
         return LoraConfig("direct", 8, 1, 8, 2 if light else 1)
     if light:
-        cluster, warps = (8, 4) if share <= 0.36 else (2, 8) if share <= 1.0 else (2, 4) if share <= 1.5 else (1, 4)
-        return LoraConfig("direct", 8, cluster, warps, 2)
+        cluster, warps = (8, 4) if share <= 0.4 else (2, 8) if share <= 1.0 else (2, 4) if share <= 1.5 else (1, 4)
+        two = warps == 8 and share > 0.5 and in_features <= _TWO_BLOCKS_IN and limit > 200 * 1024
+        return LoraConfig("direct", 8, cluster, warps, 2, 2 if two else 1)
     return LoraConfig("direct", 8, 8 if share <= 0.125 else 2, 8, 1)
+
+
+_TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
 
 
 def _shared_limit(facts: DeviceFacts) -> int:
