@@ -88,9 +88,10 @@ def _paths_by_rank() -> tuple[str, list[tuple[str, str]]]:
         paths = []
         for _, tokens, adapters in BATCHES:
             tiles = {height: tile_capacity(tokens, adapters, height) for height in tile_heights(tokens)}
-            config = dispatch.choose_lora(rank, tokens, tiles, slices, width, facts)
-            ring = f", {config.stages} stages" if config.stages else ""
-            paths.append(f"{config.form}: {config.rows} rows, cluster {config.cluster}{ring}")
+            config = dispatch.choose_lora(
+                rank, tokens, width, slices, arch=facts.arch, sm_count=facts.sm_count, tiles=tiles
+            )
+            paths.append(f"{config.form}: {config.rows} rows, cluster {config.cluster}")
         rows.append((f"rank {rank}", "".join(f"{path:32}" for path in paths).rstrip()))
     return title, rows
 

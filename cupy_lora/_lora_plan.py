@@ -282,8 +282,17 @@ def add_lora(
     if config is None:
         most = max(weights.rank_set, default=16)
         tiles = {height: batch.tile_bound(height, tokens) for height in batch.heights}
-        vectors = _vectors(x, weights.in_features) and y.dtype == weights.dtype and _vectors(y, weights.width)
-        config = choose_lora(most, tokens, tiles, weights.slices, weights.in_features, facts, ring=bool(vectors))
+        config = choose_lora(
+            most,
+            tokens,
+            weights.in_features,
+            weights.slices,
+            dtype=y.dtype,
+            arch=facts.arch,
+            sm_count=facts.sm_count,
+            tiles=tiles,
+            aligned=bool(_vectors(x, weights.in_features) and _vectors(y, weights.width)),
+        )
     widths = weights.slices
     kernel = _layer_kernel(
         config,

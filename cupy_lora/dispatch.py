@@ -6,16 +6,15 @@ No kernel of this library needs a padded rank, fails between two supported ranks
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from . import _env
+from ._jit import DeviceFacts
 from ._lora_checks import integer
-
-if TYPE_CHECKING:
-    from ._jit import DeviceFacts
 
 MIN_SGMV_RANK: Final = 8
 MIN_RANK_CUSTOM: Final = 16
@@ -145,14 +144,16 @@ def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
 def choose_lora(
     rank: int,
     tokens: int,
-    tiles: dict[int, int],
-    widths: tuple[int, ...],
     in_features: int,
-    facts: DeviceFacts,
+    widths: Sequence[int],
     *,
-    ring: bool = True,
+    dtype: Any = "bfloat16",
+    arch: int = 90,
+    sm_count: int = 132,
+    tiles: Mapping[int, int] | None = None,
+    aligned: bool = True,
 ) -> LoraConfig:
-    """The config of a fused layer.
+    """The config of a fused layer: a pure function, the same on any machine.
 
     Parameters
     ----------
@@ -160,17 +161,74 @@ def choose_lora(
         The largest rank that is loaded.
     tokens : int
         Rows of the batch.
-    tiles : dict of int to int
-        Tiles (at most) for each tile height that the batch has lists for.
-    widths : tuple of int
-        Columns of each slice of y.
     in_features : int
         Columns of x.
-    facts : DeviceFacts
-        Compute capability and number of multiprocessors.
-    ring : bool
-        Whether the ring form can take the arrays: all rows 16-byte aligned, y in the weights' type.
+    widths : sequence of int
+        Columns of each slice of y.
+    dtype : dtype or str
+        Of y; the ring form takes 16-bit ones only.
+    arch : int
+        Compute capability of the GPU, 90 for 9.0.
+    sm_count : int
+        Its multiprocessors.
+    tiles : mapping of int to int, optional
+        Tiles of each height that the batch has lists for, at most. Default: every row another adapter's.
+    aligned : bool
+        Whether all rows of x and y are 16-byte aligned.
+
+    Returns
+    -------
+    LoraConfig
+
+    Raises
+    ------
+    TypeError, ValueError
+        For sizes that are not integers of at least 1 (``tokens``: 0), or no slice.
     """
+    rank, in_features = integer("rank", rank, 1), integer("in_features", in_features, 1)
+    tokens, arch, sm_count = integer("tokens", tokens, 0), integer("arch", arch, 80), integer("sm_count", sm_count, 1)
+    if not widths:
+        raise ValueError("widths: expected at least one slice, got none")
+    widths = tuple(integer(f"widths[{i}]", width, 1) for i, width in enumerate(widths))
+    if tiles is None:
+        tiles = dict.fromkeys((8, 16), tokens)
+    ring = aligned and np.dtype(dtype).itemsize == 2
+    return _choose(rank, tokens, in_features, widths, tiles, ring, DeviceFacts(arch, sm_count))
+
+
+def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **options: Any) -> str:
+    """What :func:`choose_lora` chooses for these arguments (the same ones), and why, in words."""
+    config = choose_lora(rank, tokens, in_features, widths, **options)
+    sms = options.get("sm_count", 132)
+    tiles = (options.get("tiles") or {}).get(config.rows, tokens)
+    clusters = tiles * len(widths)
+    blocks = "1 block" if config.cluster == 1 else f"a cluster of {config.cluster} blocks"
+    lines = [
+        f"rank {rank}, {tokens} tokens, {in_features} -> {' + '.join(map(str, widths))}: the {config.form} form",
+        f"  {tiles} tiles (at most) of up to {config.rows} rows by {len(widths)} slices: {clusters} on {sms} SMs",
+        f"  each by {blocks} of {config.warps} warps",
+    ]
+    if config.form == "ring":
+        lines.append(f"  the tiles are nearly full and fill the machine: staged through {config.stages} slots")
+    else:
+        staged = (
+            "staged in shared memory" if rank in _RING_RANKS else "read in a loop (no code of its own for this rank)"
+        )
+        lines.append(f"  x and A go straight to registers; B and y are {staged}")
+    if options.get("arch", 90) < 90:
+        lines.append("  no clusters before compute capability 9.0")
+    return "\n".join(lines)
+
+
+def _choose(
+    rank: int,
+    tokens: int,
+    in_features: int,
+    widths: tuple[int, ...],
+    tiles: Mapping[int, int],
+    ring: bool,
+    facts: DeviceFacts,
+) -> LoraConfig:
     slices = len(widths)
     if ring and rank in _RING_RANKS:
         # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows. It pays

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cupy_lora import dispatch
+from cupy_lora import _lora_plan, dispatch
+from cupy_lora._arrays import BFLOAT16
+from cupy_lora.lora_batch import tile_capacity, tile_heights
 
 
 def test_constants() -> None:
@@ -113,3 +117,56 @@ def test_no_gpu_package_is_imported() -> None:
         "assert not {'cupy', 'torch', 'jax'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+GPUS = [(80, 108), (80, 16), (86, 84), (89, 142), (90, 132), (90, 16), (100, 148), (120, 128)]
+
+
+@pytest.mark.parametrize(("arch", "sm_count"), GPUS)
+@pytest.mark.parametrize("widths", [(4096,), (4096, 1024, 1024), (14336, 14336), (7,)])
+@pytest.mark.parametrize("in_features", [1, 2048, 4096, 14336, 28672])
+def test_every_choice_can_be_launched(arch: int, sm_count: int, widths: tuple[int, ...], in_features: int) -> None:
+    """Any rank and batch: clusters only where there are any, leaves dealt evenly, no more shared memory than there is."""
+    limit = {80: 163, 86: 99, 89: 99, 120: 99}.get(arch, 227) * 1024
+    for rank, tokens, adapters, aligned in itertools.product(
+        (1, 8, 13, 16, 32, 64, 100, 512), (1, 8, 64, 256, 512, 8192), (1, 16, 4096), (True, False)
+    ):
+        tiles = {height: tile_capacity(tokens, adapters, height) for height in tile_heights(tokens)}
+        config = dispatch.choose_lora(
+            rank, tokens, in_features, widths, arch=arch, sm_count=sm_count, tiles=tiles, aligned=aligned
+        )
+        assert config.rows in tiles
+        assert config.form == ("direct" if config.rows == 8 else "ring")
+        assert aligned or config.form == "direct"
+        assert config.cluster == 1 or arch >= 90
+        assert 64 % (config.cluster * config.warps) == 0
+        ranks = _lora_plan.coded_ranks(frozenset({r for r in (rank, 16, 8) if r <= rank}), config, in_features, widths)
+        kernel = _lora_plan._layer_kernel(config, BFLOAT16, BFLOAT16, in_features, widths, ranks, aligned, aligned)
+        assert kernel.shared <= limit, (config, rank)
+
+
+def test_choices_follow_the_batch() -> None:
+    """Few tiles are shared by many blocks, many by few; full tiles are staged; float32 outputs are not."""
+    few = dispatch.choose_lora(16, 1, 4096, [4096])
+    many = dispatch.choose_lora(16, 256, 4096, [4096])
+    full = dispatch.choose_lora(16, 8192, 4096, [4096], tiles={8: 1024, 16: 512, 32: 256, 64: 128})
+    wide = dispatch.choose_lora(16, 8192, 4096, [4096], tiles={8: 1024, 16: 512, 32: 256, 64: 128}, dtype=np.float32)
+    assert few.cluster > many.cluster
+    assert (few.form, many.form, full.form, wide.form) == ("direct", "direct", "ring", "direct")
+    assert dispatch.choose_lora(16, 1, 4096, [4096], arch=80).cluster == 1
+
+
+def test_explain_says_what_is_chosen() -> None:
+    text = dispatch.explain(16, 64, 4096, (4096, 1024, 1024), tiles={8: 9, 16: 8})
+    assert "rank 16, 64 tokens, 4096 -> 4096 + 1024 + 1024: the direct form" in text
+    assert "9 tiles (at most) of up to 8 rows by 3 slices: 27 on 132 SMs" in text
+    assert "no clusters" in dispatch.explain(16, 1, 64, (64,), arch=86)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [((0, 1, 64, [64]), ValueError), ((8, 1, 64, []), ValueError), ((8, 1.5, 64, [64]), TypeError)],
+)
+def test_choice_of_bad_sizes(arguments: tuple[Any, ...], error: type[Exception]) -> None:
+    with pytest.raises(error, match="expected"):
+        dispatch.choose_lora(*arguments)
