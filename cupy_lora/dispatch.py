@@ -292,7 +292,9 @@ def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0) 
         cluster, warps = (8, 4) if share <= 0.4 else (2, 8) if share <= 1.0 else (2, 4) if share <= 1.5 else (1, 4)
         two = warps == 8 and share > 0.5 and in_features <= _TWO_BLOCKS_IN and limit > 200 * 1024
         return LoraConfig("direct", 8, cluster, warps, 2, 2 if two else 1)
-    return LoraConfig("direct", 8, 8 if share <= 0.125 else 2, 8, 1)
+    if rank <= 32 and share > 0.5:
+        return LoraConfig("direct", 8, 2, 4, 2)
+    return LoraConfig("direct", 8, 8 if share <= (0.6 if rank > 64 else 0.125) else 2, 8, 1)
 
 
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
