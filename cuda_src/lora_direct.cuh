@@ -246,7 +246,8 @@ template <int kRank>
 struct ExpandStaged {
     // Narrow units where a wide rank meets the sums of a whole tile, or other bodies in the kernel: registers.
     static constexpr bool kNarrow = kRank >= 32 && (kCluster == 1 || kRankCount > 1);
-    static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2, kUnit = 16 * kPairs;
+    static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
+                         kUnit = 16 * kPairs;
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
     static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
     static constexpr int kAhead = kMine < STAGES ? kMine : STAGES;

@@ -126,7 +126,7 @@ GPUS = [(80, 108), (80, 16), (86, 84), (89, 142), (90, 132), (90, 16), (100, 148
 @pytest.mark.parametrize("widths", [(4096,), (4096, 1024, 1024), (14336, 14336), (7,)])
 @pytest.mark.parametrize("in_features", [1, 2048, 4096, 14336, 28672])
 def test_every_choice_can_be_launched(arch: int, sm_count: int, widths: tuple[int, ...], in_features: int) -> None:
-    """Any rank and batch: clusters only where there are any, leaves dealt evenly, no more shared memory than there is."""
+    """Any rank and batch: clusters only where there are any, leaves dealt evenly, shared memory that fits."""
     limit = {80: 163, 86: 99, 89: 99, 120: 99}.get(arch, 227) * 1024
     for rank, tokens, adapters, aligned in itertools.product(
         (1, 8, 13, 16, 32, 64, 100, 512), (1, 8, 64, 256, 512, 8192), (1, 16, 4096), (True, False)
