@@ -56,8 +56,8 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def cuda_include() -> Path:
-    """The folder of cuda_fp16.h: in the runtime wheel, or in a toolkit."""
+def cuda_includes() -> tuple[Path, ...]:
+    """The folders of cuda_fp16.h and of nv/target, which it includes: in wheels, or in a toolkit."""
     candidates = []
     with contextlib.suppress(ImportError):
         import nvidia
@@ -68,13 +68,19 @@ def cuda_include() -> Path:
         if os.environ.get(variable):
             candidates.append(Path(os.environ[variable]) / "include")
     candidates.append(Path("/usr/local/cuda/include"))
-    for folder in candidates:
-        if all((folder / header).is_file() for header in ("cuda_fp16.h", "cuda_bf16.h", "vector_types.h")):
-            return folder
-    raise RuntimeError(
-        "the simt tests need CUDA's headers: expected cuda_fp16.h of the package nvidia-cuda-runtime or of a toolkit "
-        f"(CUDA_HOME), got none in {', '.join(map(str, candidates))}"
-    )
+    found = []
+    for folders, headers in (
+        (candidates, ("cuda_fp16.h", "cuda_bf16.h", "vector_types.h")),
+        ([place for folder in candidates for place in (folder, folder / "cccl")], ("nv/target",)),
+    ):
+        folder = next((f for f in folders if all((f / header).is_file() for header in headers)), None)
+        if folder is None:
+            raise RuntimeError(
+                f"the simt tests need CUDA's headers: expected {', '.join(headers)} of the packages nvidia-cuda-runtime "
+                f"and nvidia-cuda-cccl or of a toolkit (CUDA_HOME), got none in {', '.join(map(str, folders))}"
+            )
+        found.append(folder)
+    return tuple(dict.fromkeys(found))
 
 
 @functools.cache
@@ -88,7 +94,7 @@ def _compiler() -> tuple[str, ...]:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
         if flags and {"avx2", "bmi2", "f16c", "fma"} <= set(flags[1].split()):
             command.append("-march=x86-64-v3")
-    return (*command, f"-I{_HERE}", f"-I{cuda_include()}")
+    return (*command, f"-I{_HERE}", *(f"-I{folder}" for folder in cuda_includes()))
 
 
 @functools.cache
