@@ -76,7 +76,7 @@ def cuda_includes() -> tuple[Path, ...]:
         folder = next((f for f in folders if all((f / header).is_file() for header in headers)), None)
         if folder is None:
             raise RuntimeError(
-                f"the simt tests need CUDA's headers: expected {', '.join(headers)} of the packages nvidia-cuda-runtime "
+                f"the simt tests need CUDA's headers: expected {', '.join(headers)} of nvidia-cuda-runtime "
                 f"and nvidia-cuda-cccl or of a toolkit (CUDA_HOME), got none in {', '.join(map(str, folders))}"
             )
         found.append(folder)
