@@ -32,7 +32,7 @@ CUPY_LORA_DEVICE Staging carve_staging(u8*& shared) {
     Staging staging;
     staging.stages = carve<u8>(shared, STAGES * STAGE_BYTES);
     staging.addresses = carve<u64>(shared, STAGES * TILE);
-    staging.near = carve<float2>(shared, ROPE ? NEAR * PAIRS : 0);
+    staging.near = carve<float2>(shared, ROPE ? (NEAR + 1) * PAIRS : 0);
     staging.far = carve<float2>(shared, ROPE ? FAR * PAIRS : 0);
     return staging;
 }
@@ -46,98 +46,156 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                  i32 slots, i32 share, float scale, float cap) {
     CUPY_LORA_SHARED(memory);
     u8* shared = memory;
-    u8* const queries = carve<u8>(shared, 16 * ROW_BYTES);
+    u8* const queries = carve<u8>(shared, STAGES * QUERY_BYTES);
     const Staging staging = carve_staging(shared);
+    float2* const turned = carve<float2>(shared, ROPE ? PAIRS : 0);  // the angles of the next unit's query
     const Joined joined = {carve<float>(shared, WARPS * ROWS * PART_ROW), carve<Row>(shared, WARPS * ROWS),
                            carve<float>(shared, ROWS * DIM), carve<Row>(shared, 2 * ROWS)};
     i64* const scratch = carve<i64>(shared, WARPS + 1);
-    Unit* const unit_at = carve<Unit>(shared, 1);
+    Unit* const ring = carve<Unit>(shared, RING);
     i32* const before = carve<i32>(shared, 1);
 
     const Work work = {{kv_ptrs, kv_indptr, last_page_offset, num_ptrs}, batch, window, slots, share};
     const Partials partials = {partial_acc, partial_rows, arrived, slots};
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    if constexpr (ROPE) fill_angles(staging.near, NEAR, 0, 1, frequencies);
+    const int tid = static_cast<int>(threadIdx.x);
+    const int warp = tid / 32;
     const Schedule schedule(work, scratch);
+    const i64 numbers = schedule.units() * UNITS;
+    if (blockIdx.x >= numbers) return;
 
-    for (i64 number = blockIdx.x; number < schedule.units() * UNITS; number += gridDim.x) {
-        schedule.locate(number / UNITS, unit_at);
-        __syncthreads();
-        const Unit unit = *unit_at;
-        const int head = static_cast<int>(number % UNITS) / HEAD_BLOCKS;  // of the keys
-        const int head_block = static_cast<int>(number % UNITS) % HEAD_BLOCKS;
-        const int rows = min(GROUP - head_block * 16, 16);
-        const int first_head = head * GROUP + head_block * 16;
-        const ELEMENT* const query = q + unit.sequence * q_stride + first_head * DIM;
-        stage_queries(queries, 16, [&](int r) { return r < rows ? query + r * DIM : nullptr; });
-        if (ROPE && unit.length > 0) {
-            const i32 position = unit.length - 1;
-            fill_angles(staging.far, 1, position / NEAR * NEAR, NEAR, frequencies);
-            ptx::copy_async_wait<0>();
-            __syncthreads();
-            rotate_rows(queries, rows, staging.near, staging.far, position / NEAR, [&](int) { return position; });
-            __syncthreads();
-        }
-
-        Block<1> block;
-        clear(block);
-        const Keys keys = keys_of(work.cache, unit.sequence, unit.length, layer, head);
-        const i32 oldest = WINDOW && unit.length > window ? unit.length - window : 0;
-        i32 joints = 0;  // chunks that are done
-        for_each_tile(keys, unit.begin, unit.end, staging, frequencies, [&](int tile, const u8* k, const u8* v) {
-            const i32 at = tile * TILE + warp * 16;
-            if (at < unit.length && at + 16 > oldest) {
-                const bool masked = at + 16 > unit.length || at < oldest;
-                attend<1, HALVES, 16>(block, queries, k + warp * 16 * ROW_BYTES, v + warp * 16 * ROW_BYTES, scale, cap,
-                                      masked, [&](int, int) { return Span{oldest - at, unit.length - at}; });
+    const auto locate = [&](int ahead, i64 number, int entry) {
+        const i64 other = number + static_cast<i64>(ahead) * gridDim.x;
+        if (other < numbers) schedule.locate(other / UNITS, ring + (entry + ahead) % RING);
+    };
+    for (int i = 0; i < RING - 1; ++i) locate(i, blockIdx.x, 0);
+    if constexpr (ROPE) fill_near(staging.near, frequencies);
+    __syncthreads();
+    Cursor at = {static_cast<i64>(blockIdx.x), 0, ring[0].begin};
+    Cursor copied = at, addressed = at;
+    const auto next_address = [&]() -> u64 {
+        if (addressed.number >= numbers) return 0;
+        const Unit& unit = ring[addressed.entry];
+        const Keys keys = keys_of(work.cache, unit.first_page, unit.length, layer, heads_of(addressed.number).key);
+        const u64 address = tid < TILE ? key_address(keys, addressed.tile * TILE + tid) : 0;
+        advance(addressed, ring, numbers);
+        return address;
+    };
+    const auto copy_next = [&](int slot) {
+        if (copied.number < numbers) {
+            const Unit& unit = ring[copied.entry];
+            if (copied.tile == unit.begin) {
+                const Heads heads = heads_of(copied.number);
+                const ELEMENT* const query = q + unit.sequence * q_stride + heads.first * DIM;
+                stage_queries(queries + copied.entry % STAGES * QUERY_BYTES, ROWS,
+                              [&](int r) { return r < heads.count ? query + r * DIM : nullptr; });
             }
-            if (tile + 1 != unit.end && tile + 1 != unit.begin + (joints + 1) * unit.chunk_tiles) return;
-            join_warps(block, joined, scale, [&](int row, int column, Row chunk, float4 acc) {
-                if (unit.chunks == 0) {
-                    keep(joined, joints, row, column, chunk, acc);
-                } else if (row < rows) {
-                    store_partial(partials, static_cast<i64>(unit.slot) * (HEADS * GROUP) + first_head + row, column,
-                                  chunk, acc);
-                }
-            });
-            clear(block);
-            ++joints;
+            copy_tile(staging, slot);
+            advance(copied, ring, numbers);
+        }
+        ptx::copy_async_commit();
+    };
+    const auto fill_far = [&](const Cursor& next) {
+        if (next.number >= numbers) return;
+        const Unit& unit = ring[next.entry];
+        fill_angles(staging.far, FAR, next.tile * TILE, NEAR, frequencies);
+        if (next.tile == unit.begin) fill_angles(turned, 1, unit.length - 1, 0, frequencies);
+    };
+    for (int i = 0; i < STAGES; ++i) {
+        const u64 address = next_address();
+        if (tid < TILE) staging.addresses[i * TILE + tid] = address;
+    }
+    if constexpr (ROPE) fill_far(at);
+    __syncthreads();
+    for (int i = 0; i < STAGES - 1; ++i) copy_next(i);
+
+    Block<1> block;
+    clear(block);
+    i32 joints = 0;  // chunks of the unit that are done
+    int slot = 0;
+#pragma unroll 1
+    while (at.number < numbers) {
+        ptx::copy_async_wait<STAGES - 2>();
+        __syncthreads();  // the tile has landed; everyone has left the stage and the unit before it
+        copy_next(slot == 0 ? STAGES - 1 : slot - 1);
+        // The page table is read an iteration ahead of the copies that need it, behind the arithmetic.
+        const u64 address = next_address();
+        const Unit unit = ring[at.entry];
+        if (at.tile == unit.begin) locate(RING - 1, at.number, at.entry);
+        const Heads heads = heads_of(at.number);
+        u8* const query = queries + at.entry % STAGES * QUERY_BYTES;
+        u8* const keys = staging.stages + slot * STAGE_BYTES;
+        const u8* const values = keys + SIDE_BYTES;
+        Cursor next = at;
+        advance(next, ring, numbers);
+        if constexpr (ROPE) {
+            rotate_tile(keys, staging.near, staging.far);
+            // Entry 0 of the near table turns nothing: `turned` has the whole angle.
+            if (at.tile == unit.begin) rotate_rows(query, ROWS, staging.near, turned, 0, [](int) { return 0; });
+            __syncthreads();
+            fill_far(next);
+        }
+        const i32 oldest = WINDOW && unit.length > window ? unit.length - window : 0;
+        const i32 first = at.tile * TILE + warp * 16;
+        if (first < unit.length && first + 16 > oldest) {
+            const bool masked = first + 16 > unit.length || first < oldest;
+            attend<1, HALVES, 16, ROWS>(block, query, keys + warp * 16 * ROW_BYTES, values + warp * 16 * ROW_BYTES,
+                                        scale, cap, masked,
+                                        [&](int, int) { return Span{oldest - first, unit.length - first}; });
+        }
+        if (tid < TILE) staging.addresses[slot * TILE + tid] = address;
+        slot = slot == STAGES - 1 ? 0 : slot + 1;
+        const bool last = at.tile + 1 == unit.end;
+        const bool joins = last || at.tile + 1 == unit.begin + (joints + 1) * unit.chunk_tiles;
+        const i64 number = at.number;
+        at = next;
+        if (!joins) continue;
+
+        join_warps(block, joined, scale, [&](int row, int column, Row chunk, float4 acc) {
+            if (unit.chunks == 0) {
+                keep(joined, joints, row, column, chunk, acc);
+            } else if (row < heads.count) {
+                store_partial(partials, static_cast<i64>(unit.slot) * (HEADS * GROUP) + heads.first + row, column,
+                              chunk, acc);
+            }
         });
+        clear(block);
+        ++joints;
+        if (!last) continue;
 
         bool finishes = true;
         if (unit.chunks != 0) {
             i32* const counter = arrived + static_cast<i64>(unit.first_slot) * UNITS + number % UNITS;
             ptx::fence_gpu();
             __syncthreads();
-            if (threadIdx.x == 0) {
+            if (tid == 0) {
                 *before = atomicAdd(counter, 1);
                 ptx::fence_gpu();
             }
             __syncthreads();
             finishes = *before == unit.chunks - 1;
-            if (finishes && threadIdx.x == 0) *counter = 0;
+            if (finishes && tid == 0) *counter = 0;
         }
 #pragma unroll 1
         for (int pass = 0; finishes && pass < PASSES; ++pass) {
             each_quad(pass, [&](int row, int column) {
-                if (row >= rows) return;
+                if (row >= heads.count) return;
                 Row state = {minus_infinity(), 0.f};
                 float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
                 if (unit.chunks != 0) {
-                    const i64 first = static_cast<i64>(unit.first_slot) * (HEADS * GROUP) + first_head + row;
-                    fold_partials(partials, first, unit.chunks, column, state, acc);
-                } else if (joints > 0) {
+                    const i64 chunk = static_cast<i64>(unit.first_slot) * (HEADS * GROUP) + heads.first + row;
+                    fold_partials(partials, chunk, unit.chunks, column, state, acc);
+                } else {
                     state = joined.rows[joints % 2 * ROWS + row];
                     acc = *reinterpret_cast<const float4*>(joined.acc + row * DIM + column);
                 }
-                const i64 at = static_cast<i64>(unit.sequence) * (HEADS * GROUP) + first_head + row;
-                store_quad(out + unit.sequence * out_stride + (first_head + row) * DIM,
-                           lse == nullptr ? nullptr : lse + at, column, state, acc);
+                const i64 index = static_cast<i64>(unit.sequence) * (HEADS * GROUP) + heads.first + row;
+                store_quad(out + unit.sequence * out_stride + (heads.first + row) * DIM,
+                           lse == nullptr ? nullptr : lse + index, column, state, acc);
             });
         }
-        ptx::copy_async_wait<0>();
-        __syncthreads();  // everyone is done with the unit and with the queries
+        joints = 0;
     }
+    ptx::copy_async_wait<0>();
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -166,6 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const auto head_of = [&](int row) { return head * GROUP + (unit.first_row + row) % GROUP; };
     stage_queries(queries, ROWS,
                   [&](int row) { return row < rows ? q + token(row) * q_stride + head_of(row) * DIM : nullptr; });
+    ptx::copy_async_commit();
 
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -179,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const i32 begin = oldest(0) / TILE;
     const i32 end = max((newest(rows - 1) + TILE - 1) / TILE, begin);
     if (ROPE && begin < end) {
-        fill_angles(staging.near, NEAR, 0, 1, frequencies);
+        fill_near(staging.near, frequencies);
         float2* const far = reinterpret_cast<float2*>(staging.stages);
         const i32 first = max(position(0), 0) / NEAR;
         const i32 last = max(position(rows - 1), 0) / NEAR;
@@ -199,18 +258,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
     Block<BLOCKS> block;
     clear(block);
-    const Keys keys = keys_of(cache, unit.sequence, length, layer, head);
+    const Keys keys = keys_of(cache, length > 0 ? cache.kv_indptr[unit.sequence] : 0, length, layer, head);
     for_each_tile(keys, begin, end, staging, frequencies, [&](int tile, const u8* k, const u8* v) {
 #pragma unroll 1
         for (int part = 0; part < TILE; part += STEP) {
             const i32 at = tile * TILE + part;
             if (at >= warp_newest || at + STEP <= warp_oldest) continue;
             const bool masked = at + STEP > all_see_to || at < all_see_from;
-            attend<BLOCKS, 2, STEP>(block, own, k + part * ROW_BYTES, v + part * ROW_BYTES, scale, cap, masked,
-                                    [&](int m, int h) {
-                                        const Span span = spans[warp * WARP_ROWS + m * 16 + 8 * h + lane / 4];
-                                        return Span{span.first - at, span.end - at};
-                                    });
+            attend<BLOCKS, 2, STEP, 16>(block, own, k + part * ROW_BYTES, v + part * ROW_BYTES, scale, cap, masked,
+                                        [&](int m, int h) {
+                                            const Span span = spans[warp * WARP_ROWS + m * 16 + 8 * h + lane / 4];
+                                            return Span{span.first - at, span.end - at};
+                                        });
         }
     });
     ptx::copy_async_wait<0>();

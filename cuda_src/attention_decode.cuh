@@ -5,11 +5,13 @@
 // sequence's in ascending order, always by the same arithmetic; whether one block walks over all chunks or each has
 // a block of its own, whose last to finish folds, is decided by the load of the whole batch and changes no bit.
 //
-// Block: one unit of work at a time, a chunk (or a sequence) of a key head and up to 16 of its query heads. Each
-// warp takes its own 16 keys of a tile of 16 * WARPS.
-// Shared memory: queries [16], stages, addresses, near, far (attention_stage.cuh); Joined: of the warps, parts
-// [WARPS][ROWS][PASS + 8] and rows [WARPS][ROWS][2], of the sequence so far, acc [ROWS][DIM] and rows [2][ROWS][2], all
-// float32; scan [WARPS + 1] int64; the unit; a counter.
+// Block: one unit of work after the other, a chunk (or a sequence) of a key head and up to 16 of its query heads. Each
+// warp takes its own 16 keys of a tile of 16 * WARPS. The tiles of all of a block's units are one stream: copies run
+// STAGES - 1 tiles ahead of the products and addresses STAGES, across the ends of units, so that only the first unit
+// waits for tables and memory. A unit has at least one tile, an empty one.
+// Shared memory: queries [STAGES][ROWS], stages, addresses, near, far (attention_stage.cuh), the angles of a query
+// [PAIRS] float2; Joined: of the warps, parts [WARPS][ROWS][PASS + 8] and rows [WARPS][ROWS][2], of the sequence so
+// far, acc [ROWS][DIM] and rows [2][ROWS][2], all float32; scan [WARPS + 1] int64; units [RING]; a counter.
 #pragma once
 #include "attention_tile.cuh"
 
@@ -17,11 +19,13 @@ constexpr int HEAD_BLOCKS = ceil_div(GROUP, 16);
 constexpr int UNITS = HEADS * HEAD_BLOCKS;  // of a chunk
 constexpr int ROWS = GROUP < 16 ? GROUP : 16;
 constexpr int HALVES = ROWS > 8 ? 2 : 1;
+constexpr int QUERY_BYTES = ROWS * ROW_BYTES;
 constexpr int PASS = DIM % 32 == 0 ? 32 : 16;  // columns joined at a time
 constexpr int PASSES = DIM / PASS;
 constexpr int PART_ROW = PASS + 8;
 constexpr int QUADS = ROWS * (PASS / 4);  // float4s of a pass
 constexpr int FETCH = 8;                  // chunks that are read at a time
+constexpr int RING = 3 * STAGES;  // units known ahead: the addresses reach STAGES + 1 units; a multiple of STAGES
 
 static_assert(TILE == 16 * WARPS, "16 keys of a tile for each warp");
 static_assert(CHUNK_MIN % TILE == 0, "whole tiles a chunk");
@@ -35,8 +39,9 @@ struct Partials {
 };
 
 struct Unit {
-    i32 sequence, length, begin, end, chunk_tiles;  // begin and end in tiles
-    i32 chunks, slot, first_slot;                   // chunks: 0 where one block takes all of them
+    i32 sequence, length, first_page;
+    i32 begin, end, chunk_tiles;   // begin and end in tiles
+    i32 chunks, slot, first_slot;  // chunks: 0 where one block takes all of them
 };
 
 struct Work {
@@ -86,11 +91,12 @@ class Schedule {
                 const i32 length = length_of(work_.cache, sequence);
                 const i32 first = first_tile(length, work_.window);
                 const i32 tiles = chunk_of(keys) / TILE;
-                const i32 end = (length + TILE - 1) / TILE;
                 const i32 begin = first + static_cast<i32>(number - at) * tiles;
+                const i32 end = max((length + TILE - 1) / TILE, begin + 1);
+                const i32 page = length > 0 ? work_.cache.kv_indptr[sequence] : 0;
                 const i32 own_slot = static_cast<i32>(slot + (number - at));
-                *unit = {sequence, length, begin,    chunks != 0 && begin + tiles < end ? begin + tiles : end,
-                         tiles,    chunks, own_slot, static_cast<i32>(slot)};
+                const i32 stop = chunks != 0 ? min(begin + tiles, end) : end;
+                *unit = {sequence, length, page, begin, stop, tiles, chunks, own_slot, static_cast<i32>(slot)};
             }
             at += count;
         });
@@ -125,6 +131,31 @@ class Schedule {
     i32 begin_, end_;
     i64 all_keys_, first_slot_, first_unit_, end_unit_, all_units_;
 };
+
+// Where someone is in a block's stream of tiles.
+struct Cursor {
+    i64 number;  // of the unit and head
+    int entry;   // of the unit in the ring
+    i32 tile;
+};
+
+CUPY_LORA_DEVICE void advance(Cursor& at, const Unit* ring, i64 numbers) {
+    if (++at.tile < ring[at.entry].end) return;
+    at.number += gridDim.x;
+    at.entry = at.entry == RING - 1 ? 0 : at.entry + 1;
+    if (at.number < numbers) at.tile = ring[at.entry].begin;
+}
+
+// The heads of a number: of the keys, and the first of the queries and how many.
+struct Heads {
+    int key, first, count;
+};
+
+CUPY_LORA_DEVICE Heads heads_of(i64 number) {
+    const int key = static_cast<int>(number % UNITS) / HEAD_BLOCKS;
+    const int block = static_cast<int>(number % UNITS) % HEAD_BLOCKS;
+    return {key, key * GROUP + block * 16, min(GROUP - block * 16, 16)};
+}
 
 // ---- partial results: four columns of a row at a time ------------------------------------------
 // Thread's share of the columns, the same wherever results are joined: f(row, column).

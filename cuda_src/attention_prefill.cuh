@@ -13,7 +13,9 @@
 
 constexpr int ROWS = 16 * BLOCKS * WARPS;
 constexpr int WARP_ROWS = 16 * BLOCKS;
-constexpr int STEP = TILE < 32 ? TILE : 32;  // keys of a step of the softmax: 64 do not fit in registers
+// Keys of a step of the softmax: 64 do not fit in registers, nor do 32 beside all that these options need.
+constexpr bool CROWDED = ROPE && SOFT_CAP && BLOCKS * DIM > 192;
+constexpr int STEP = TILE < 32 || CROWDED ? 16 : 32;
 
 static_assert((ceil_div(ROWS, GROUP) / NEAR + 2) * PAIRS * 8 <= STAGES * STAGE_BYTES,
               "the far table of the queries fits in the stages");
@@ -47,6 +49,49 @@ CUPY_LORA_DEVICE void locate(const i32* qo_indptr, i32 batch, i32 tokens, i64 nu
         at += count;
     }
     __syncthreads();
+}
+
+// Calls compute(tile, keys, values) for the tiles begin .. end - 1 (tile t: positions t * TILE on), STAGES - 1 tiles
+// ahead of it under way. The near table is filled, and nobody reads the stages any more, when it is called; what the
+// caller copied to shared memory before (committed) is there at the first compute.
+template <class Compute>
+CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const Staging& staging,
+                                    const Turns& frequencies, Compute compute) {
+    const int tid = static_cast<int>(threadIdx.x);
+    if (tid < TILE) {
+#pragma unroll
+        for (int i = 0; i < STAGES; ++i) {
+            staging.addresses[i * TILE + tid] = begin + i < end ? key_address(keys, (begin + i) * TILE + tid) : 0;
+        }
+    }
+    if constexpr (ROPE) fill_angles(staging.far, FAR, begin * TILE, NEAR, frequencies);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) {
+        if (begin + i < end) copy_tile(staging, i);
+        ptx::copy_async_commit();
+    }
+    int slot = 0;
+#pragma unroll 1
+    for (int tile = begin; tile < end; ++tile) {
+        ptx::copy_async_wait<STAGES - 2>();
+        __syncthreads();  // the tile has landed, everyone has left the stage that is filled next
+        const int next = slot == 0 ? STAGES - 1 : slot - 1;
+        if (tile + STAGES - 1 < end) copy_tile(staging, next);
+        ptx::copy_async_commit();
+        // The page table is read an iteration ahead of the copies that need it, behind the arithmetic.
+        u64 address = 0;
+        if (tid < TILE && tile + STAGES < end) address = key_address(keys, (tile + STAGES) * TILE + tid);
+        u8* const stage = staging.stages + slot * STAGE_BYTES;
+        if constexpr (ROPE) {
+            rotate_tile(stage, staging.near, staging.far);
+            __syncthreads();
+            if (tile + 1 < end) fill_angles(staging.far, FAR, (tile + 1) * TILE, NEAR, frequencies);
+        }
+        compute(tile, stage, stage + SIDE_BYTES);
+        if (tid < TILE) staging.addresses[slot * TILE + tid] = address;
+        slot = slot == STAGES - 1 ? 0 : slot + 1;
+    }
 }
 
 // The warp's rows to shared memory, then, by 16 bytes where the output allows it, to the output.

@@ -15,16 +15,17 @@ constexpr int PIECES = DIM / 8;               // 16-byte pieces of a row
 constexpr int ROW_BYTES = DIM * 2 + 16;       // of a staged row
 constexpr int SIDE_BYTES = TILE * ROW_BYTES;  // of a tile's keys, or values
 constexpr int STAGE_BYTES = 2 * SIDE_BYTES;
-constexpr i64 PAGE_SIDE = static_cast<i64>(HEADS) * PAGE * DIM * 2;  // from a page's keys to its values, one layer
-constexpr int PAIRS = DIM / 2;                                       // that RoPE rotates
-constexpr int NEAR = 8;                                              // positions of the near table
-constexpr int FAR = ceil_div(TILE, NEAR);                            // entries of the far table of one tile
+constexpr i64 PAGE_SIDE = static_cast<i64>(HEADS) * PAGE * DIM * 2;     // from a page's keys to its values, one layer
+constexpr int PAIRS = DIM / 2;                                          // that RoPE rotates
+constexpr int LANES = PIECES / 2;                                       // threads that rotate one row, 8 pairs each
+constexpr int ROUND = THREADS / LANES < TILE ? THREADS / LANES : TILE;  // rows that a block rotates at a time
+constexpr int NEAR = 8;                                                 // positions of the near table
+constexpr int FAR = ceil_div(ROUND, NEAR);                              // entries of the far table of one tile
 constexpr float LOG2E = 1.44269504088896f;
 constexpr float LN2 = 0.693147180559945f;
 
 static_assert(DIM % 16 == 0 && TILE % 16 == 0, "fragments of 16");
 static_assert(TILE <= THREADS, "one thread finds the page of a row");
-static_assert(TILE * PIECES % THREADS == 0, "whole rounds of copies");
 
 CUPY_LORA_DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
@@ -52,9 +53,9 @@ struct Keys {
     i32 length;
 };
 
-CUPY_LORA_DEVICE Keys keys_of(const Cache& cache, int sequence, i32 length, i32 layer, int head) {
+CUPY_LORA_DEVICE Keys keys_of(const Cache& cache, i32 first_page, i32 length, i32 layer, int head) {
     const i64 offset = (static_cast<i64>(layer) * 2 * HEADS + head) * (static_cast<i64>(PAGE) * DIM * 2);
-    return {cache.kv_ptrs + cache.kv_indptr[sequence], offset, length};
+    return {cache.kv_ptrs + first_page, offset, length};
 }
 
 // Where the key at a position lies; 0 past the end and in a page that cannot be one (its keys count as zeros).
@@ -68,14 +69,49 @@ CUPY_LORA_DEVICE u64 key_address(const Keys& keys, i32 position) {
 
 // ---- rotary embedding ---------------------------------------------------------------------------
 // A position is a multiple of NEAR and a rest. cos and sin of the angles of the rests are in the near table
-// [NEAR][PAIRS], those of the multiples in a far table [..][PAIRS]; their complex product is the angle's.
+// [NEAR + 1][PAIRS], those of the multiples in a far table [..][PAIRS]; their complex product is the angle's. The near
+// table's last entry is the angle of ROUND positions. In an entry, the first two of each 8 pairs come first, then the
+// second two and so on: threads side by side read pieces side by side.
 using Turns = Frequencies<PAIRS>;
 
-// Entry i, pair d: the angle at position first + i * step.
+// Entry i: the angles at position first + i * step.
 CUPY_LORA_DEVICE void fill_angles(float2* table, int entries, i32 first, i32 step, const Turns& frequencies) {
     for (int e = static_cast<int>(threadIdx.x); e < entries * PAIRS; e += THREADS) {
-        table[e] = angle_at(frequencies.turns[e % PAIRS], first + e / PAIRS * step);
+        const int at = e % PAIRS;
+        const int pair = at / 2 % LANES * 8 + at / 2 / LANES * 2 + at % 2;
+        table[e] = angle_at(frequencies.turns[pair], first + e / PAIRS * step);
     }
+}
+
+CUPY_LORA_DEVICE void fill_near(float2* near, const Turns& frequencies) {
+    fill_angles(near, NEAR, 0, 1, frequencies);
+    fill_angles(near + NEAR * PAIRS, 1, ROUND, 0, frequencies);
+}
+
+// Of 8 pairs, two a float4: (cos, sin, cos, sin).
+struct Angles {
+    float4 two[4];
+};
+
+CUPY_LORA_DEVICE Angles angles_of(const float2* table, int entry, int unit) {
+    Angles angles;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        angles.two[i] = reinterpret_cast<const float4*>(table + entry * PAIRS)[i * LANES + unit];
+    }
+    return angles;
+}
+
+CUPY_LORA_DEVICE Angles added(const Angles& a, const Angles& b) {
+    Angles sum;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float4 x = a.two[i];
+        const float4 y = b.two[i];
+        sum.two[i] =
+            make_float4(x.x * y.x - x.y * y.y, x.y * y.x + x.x * y.y, x.z * y.z - x.w * y.w, x.w * y.z + x.z * y.w);
+    }
+    return sum;
 }
 
 union Piece {
@@ -83,35 +119,47 @@ union Piece {
     u32 words[4];
 };
 
-// Rotates staged rows in place: pairs (d, d + DIM / 2). position(row) is that of a row; far holds the entries
-// from position NEAR * first_far on.
+// Rotates the pairs (d, d + DIM / 2) for d from 8 * unit on of a staged row in place.
+CUPY_LORA_DEVICE void rotate_piece(u8* row, int unit, const Angles& angles) {
+    uint4* const low = reinterpret_cast<uint4*>(row) + unit;
+    Piece a = {low[0]};
+    Piece b = {low[LANES]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float4 angle = angles.two[i];
+        float a0, a1, b0, b1;
+        unpack2(a.words[i], a0, a1, ELEMENT{});
+        unpack2(b.words[i], b0, b1, ELEMENT{});
+        a.words[i] = pack2(a0 * angle.x - b0 * angle.y, a1 * angle.z - b1 * angle.w, ELEMENT{});
+        b.words[i] = pack2(b0 * angle.x + a0 * angle.y, b1 * angle.z + a1 * angle.w, ELEMENT{});
+    }
+    low[0] = a.quad;
+    low[LANES] = b.quad;
+}
+
+// Rows of queries. position(row) is that of a row; far holds the entries from position NEAR * first_far on.
 template <class Position>
 CUPY_LORA_DEVICE void rotate_rows(u8* rows, int count, const float2* near, const float2* far, i32 first_far,
                                   Position position) {
-    constexpr int UNITS = PIECES / 2;  // pieces of half a row
-    for (int e = static_cast<int>(threadIdx.x); e < count * UNITS; e += THREADS) {
-        const int row = e / UNITS;
-        const int unit = e % UNITS;
-        const i32 at = position(row);
-        const float4* const rest = reinterpret_cast<const float4*>(near + at % NEAR * PAIRS + unit * 8);
-        const float4* const base = reinterpret_cast<const float4*>(far + (at / NEAR - first_far) * PAIRS + unit * 8);
-        uint4* const low = reinterpret_cast<uint4*>(rows + row * ROW_BYTES) + unit;
-        Piece a = {low[0]};
-        Piece b = {low[UNITS]};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float4 r = rest[i];
-            const float4 f = base[i];
-            const float cos0 = r.x * f.x - r.y * f.y, sin0 = r.y * f.x + r.x * f.y;
-            const float cos1 = r.z * f.z - r.w * f.w, sin1 = r.w * f.z + r.z * f.w;
-            float a0, a1, b0, b1;
-            unpack2(a.words[i], a0, a1, ELEMENT{});
-            unpack2(b.words[i], b0, b1, ELEMENT{});
-            a.words[i] = pack2(a0 * cos0 - b0 * sin0, a1 * cos1 - b1 * sin1, ELEMENT{});
-            b.words[i] = pack2(b0 * cos0 + a0 * sin0, b1 * cos1 + a1 * sin1, ELEMENT{});
-        }
-        low[0] = a.quad;
-        low[UNITS] = b.quad;
+    for (int e = static_cast<int>(threadIdx.x); e < count * LANES; e += THREADS) {
+        const i32 at = position(e / LANES);
+        const int unit = e % LANES;
+        const Angles rest = angles_of(near, at % NEAR, unit);
+        rotate_piece(rows + e / LANES * ROW_BYTES, unit, added(rest, angles_of(far, at / NEAR - first_far, unit)));
+    }
+}
+
+// The keys of a tile; far: of its first ROUND positions. A thread's further rows are ROUND apart, each one's angles
+// four multiplications per pair from the last one's.
+CUPY_LORA_DEVICE void rotate_tile(u8* rows, const float2* near, const float2* far) {
+    const int unit = static_cast<int>(threadIdx.x) % LANES;
+    const int first = static_cast<int>(threadIdx.x) / LANES;
+    if (first >= ROUND) return;
+    Angles angles = added(angles_of(near, first % NEAR, unit), angles_of(far, first / NEAR, unit));
+#pragma unroll MODE == 0 ? 4 : 1
+    for (int row = first; row < TILE; row += ROUND) {
+        rotate_piece(rows + row * ROW_BYTES, unit, angles);
+        angles = added(angles, angles_of(near, NEAR, unit));  // read again: prefill has no registers to keep it
     }
 }
 
@@ -119,7 +167,7 @@ CUPY_LORA_DEVICE void rotate_rows(u8* rows, int count, const float2* near, const
 struct Staging {
     u8* stages;      // [STAGES][keys, values][TILE] rows
     u64* addresses;  // [STAGES][TILE], where the rows of the tiles to come lie
-    float2* near;    // [NEAR][PAIRS]
+    float2* near;    // [NEAR + 1][PAIRS]
     float2* far;     // [FAR][PAIRS], of the tile
 };
 
@@ -128,11 +176,12 @@ CUPY_LORA_DEVICE void copy_tile(const Staging& staging, int slot) {
     const u64* const addresses = staging.addresses + slot * TILE;
     const int tid = static_cast<int>(threadIdx.x);
 #pragma unroll
-    for (int i = 0; i < TILE * PIECES / THREADS; ++i) {
+    for (int i = 0; i < ceil_div(TILE * PIECES, THREADS); ++i) {
         // One base and constants where a round is a number of whole rows.
         constexpr bool WHOLE = THREADS % PIECES == 0;
         const int row = WHOLE ? tid / PIECES + i * (THREADS / PIECES) : (tid + i * THREADS) / PIECES;
         const int piece = WHOLE ? tid % PIECES : (tid + i * THREADS) % PIECES;
+        if (TILE * PIECES % THREADS != 0 && row >= TILE) break;
         const u64 address = addresses[row];
         const u8* const key = reinterpret_cast<const u8*>(address) + piece * 16;
         u8* const to = stage + row * ROW_BYTES + piece * 16;
@@ -141,51 +190,7 @@ CUPY_LORA_DEVICE void copy_tile(const Staging& staging, int slot) {
     }
 }
 
-// Calls compute(tile, keys, values) for the tiles begin .. end - 1 (tile t: positions t * TILE on), STAGES - 1 tiles
-// ahead of it under way. The near table is filled, and nobody reads the stages any more, when it is called; what the
-// caller copied to shared memory before (committed) is there at the first compute.
-template <class Compute>
-CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const Staging& staging,
-                                    const Turns& frequencies, Compute compute) {
-    const int tid = static_cast<int>(threadIdx.x);
-    if (tid < TILE) {
-#pragma unroll
-        for (int i = 0; i < STAGES; ++i) {
-            staging.addresses[i * TILE + tid] = begin + i < end ? key_address(keys, (begin + i) * TILE + tid) : 0;
-        }
-    }
-    if constexpr (ROPE) fill_angles(staging.far, FAR, begin * TILE, NEAR, frequencies);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) {
-        if (begin + i < end) copy_tile(staging, i);
-        ptx::copy_async_commit();
-    }
-    int slot = 0;
-#pragma unroll 1
-    for (int tile = begin; tile < end; ++tile) {
-        ptx::copy_async_wait<STAGES - 2>();
-        __syncthreads();  // the tile has landed, everyone has left the stage that is filled next
-        const int next = slot == 0 ? STAGES - 1 : slot - 1;
-        if (tile + STAGES - 1 < end) copy_tile(staging, next);
-        ptx::copy_async_commit();
-        // The page table is read an iteration ahead of the copies that need it, behind the arithmetic.
-        u64 address = 0;
-        if (tid < TILE && tile + STAGES < end) address = key_address(keys, (tile + STAGES) * TILE + tid);
-        u8* const stage = staging.stages + slot * STAGE_BYTES;
-        if constexpr (ROPE) {
-            const i32 first = tile * TILE;
-            rotate_rows(stage, TILE, staging.near, staging.far, first / NEAR, [&](int row) { return first + row; });
-            __syncthreads();
-            if (tile + 1 < end) fill_angles(staging.far, FAR, first + TILE, NEAR, frequencies);
-        }
-        compute(tile, stage, stage + SIDE_BYTES);
-        if (tid < TILE) staging.addresses[slot * TILE + tid] = address;
-        slot = slot == STAGES - 1 ? 0 : slot + 1;
-    }
-}
-
-// Rows of queries, 16-byte pieces, from row(r), which is null where there is none (zeros then).
+// Rows of queries, 16-byte pieces, from row(r), which is null where there is none (zeros then); not committed.
 template <class Row>
 CUPY_LORA_DEVICE void stage_queries(u8* to, int count, Row row) {
     for (int e = static_cast<int>(threadIdx.x); e < count * PIECES; e += THREADS) {
@@ -202,5 +207,4 @@ CUPY_LORA_DEVICE void stage_queries(u8* to, int count, Row row) {
             }
         }
     }
-    ptx::copy_async_commit();
 }

@@ -9,12 +9,14 @@
 
 // ---- 16-row blocks of queries over keys ---------------------------------------------------------
 // What a warp holds of M blocks: accumulators as mma fragments, and for rows g and g + 8 of each block the
-// maximum of the scores (before scaling) and this lane's part of the sum of the weights.
+// maximum of the scores (before scaling) and this lane's part of the sum of the weights. `lost` is what rounding added
+// to that sum (Kahan): without it, equal weights of a million keys all err the same way, by 1e-4 together.
 template <int M>
 struct Block {
     float acc[M][DIM / 8][4];
     float top[M][2];
     float sum[M][2];
+    float lost[M][2];
 };
 
 struct Span {
@@ -34,6 +36,7 @@ CUPY_LORA_DEVICE void clear(Block<M>& block) {
         for (int h = 0; h < 2; ++h) {
             block.top[m][h] = minus_infinity();
             block.sum[m][h] = 0.f;
+            block.lost[m][h] = 0.f;
         }
     }
 }
@@ -51,13 +54,14 @@ CUPY_LORA_DEVICE float quad_sum(float v) {
 CUPY_LORA_DEVICE float tanh_of(float v) { return 1.f - __fdividef(2.f, 1.f + ptx::exp2_approx(v * (2.f * LOG2E))); }
 
 // One step of the online softmax over KEYS keys; the whole warp takes part. Only the first HALVES halves of each
-// block have queries. `scale` turns a score into an exponent of two; soft_cap: a score s is tanh(s * cap) first.
+// block have queries; row r of a block is row r % QUERIES of its 16 in shared memory. `scale` turns a score into an
+// exponent of two; soft_cap: a score s is tanh(s * cap) first.
 // visible(m, h): the keys that row g + 8 h of block m sees, (first, end); asked where `masked`.
-template <int M, int HALVES, int KEYS, class Visible>
+template <int M, int HALVES, int KEYS, int QUERIES, class Visible>
 CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys, const u8* values, float scale,
                              float cap, bool masked, Visible visible) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const u8* const q = queries + lane % 16 * ROW_BYTES + lane / 16 * 16;
+    const u8* const q = queries + lane % 16 % QUERIES * ROW_BYTES + lane / 16 * 16;
     const u8* const k = keys + (lane / 16 * 8 + lane % 8) * ROW_BYTES + lane / 8 % 2 * 16;
     const u8* const v = values + lane % 16 * ROW_BYTES + lane / 16 * 16;
     float s[M][KEYS / 8][4];
@@ -140,7 +144,10 @@ CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys,
                 }
                 weights[m][n][h] = pack2(s[m][n][2 * h], s[m][n][2 * h + 1], ELEMENT{});
             }
-            block.sum[m][h] = fmaf(block.sum[m][h], factor[h], sum);
+            const float before = block.sum[m][h] * factor[h];
+            const float added = fmaf(-block.lost[m][h], factor[h], sum);
+            block.sum[m][h] = before + added;
+            block.lost[m][h] = (block.sum[m][h] - before) - added;
         }
         // The maximum seldom moves after the first tiles.
         if (__any_sync(0xffffffffu, factor[0] != 1.f || factor[1] != 1.f)) {

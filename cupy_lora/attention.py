@@ -25,6 +25,7 @@ from ._arrays import (
 )
 from ._attention_plan import Numbers
 from ._lora_checks import host_copy, integer
+from ._plans import Kept, Plans
 from ._rope import checked, positive
 from .paged_kv import _check_table, _debug_tables
 
@@ -106,39 +107,50 @@ def batch_decode(
     A row's bits depend on its sequence and the layer's shape alone. Lengths stay on the device: a captured call
     may be replayed with other tables in the same arrays.
     """
-    qa = _rows("q", q)
-    tables = _tables(kv_ptrs, kv_indptr, last_page_offset)
-    batch = qa.shape[0]
-    check_shape("kv_indptr", tables[1], (batch + 1,))
-    check_shape("last_page_offset", tables[2], (batch,))
-    sizes = _sizes(qa, num_layers, layer_idx, num_kv_heads, page_size, tables[0])
-    numbers = _numbers(qa, rope, rope_theta, rope_scale, sm_scale, window, soft_cap)
-    space = None if workspace is None else _check_workspace(workspace)
-    oa = None if out is None else _output(out, qa)
-    device = same_device(
-        q=qa, kv_ptrs=tables[0], kv_indptr=tables[1], last_page_offset=tables[2], out=oa, workspace=space
-    )
-    if _env.DEBUG.on:
-        _debug(tables, page_size, None, 0)
-    if oa is None:
-        out = _arrays.empty(qa.shape, qa.dtype, device)
-        oa = view("out", out)
+    inputs = _views(q, kv_ptrs, kv_indptr, last_page_offset)
+    qa, oa = inputs[0], None if out is None else view("out", out)
+    space = None if workspace is None else view("workspace", workspace)
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    options = rope, rope_theta, rope_scale, sm_scale, window, soft_cap
+    key = _plans.key((*inputs, oa, space), "decode", return_lse, *sizes, *options)
+    kept = _plans.find(key, inputs)
+    if kept is None:
+        _check_inputs(*inputs)
+        check_shape("kv_indptr", inputs[2], (qa.shape[0] + 1,))
+        check_shape("last_page_offset", inputs[3], (qa.shape[0],))
+        sizes = _sizes(qa, *sizes, inputs[1])
+        numbers = _numbers(qa, *options)
+        if space is not None:
+            _check_workspace(space)
+        if oa is not None:
+            _check_output(oa, qa)
+        same_device(q=qa, kv_ptrs=inputs[1], kv_indptr=inputs[2], last_page_offset=inputs[3], out=oa, workspace=space)
+        if _env.DEBUG.on:
+            _debug(inputs[1:], page_size, None, 0)
+    device = qa.device
+    out, oa = _result(out, oa, qa, kept)
     lse = _arrays.empty(qa.shape[:2], FLOAT32, device) if return_lse else None
-    if device == CPU and not _jit.has_host_runner():
+    if kept is None and device == CPU and not _jit.has_host_runner():
         from .reference import attention
 
-        hosts = tables[0].numpy(), tables[1].numpy(), tables[2].numpy()
-        attention.batch_decode(qa.numpy(), *hosts, *sizes, out=oa.numpy(), lse=lse, numbers=numbers)
-    elif batch:
-        shape = _attention_plan.shape_of(qa, oa, sizes[2], page_size, True, numbers)
+        tables = inputs[1].numpy(), inputs[2].numpy(), inputs[3].numpy()
+        attention.batch_decode(qa.numpy(), *tables, *sizes, out=oa.numpy(), lse=lse, numbers=numbers)
+    elif qa.shape[0]:
         stream = stream_for(device, q, kv_ptrs)
         if space is None:
-            chunks = batch + tables[0].shape[0] * page_size // _attention_plan.CHUNK_MIN * 2
+            chunks = qa.shape[0] + inputs[1].shape[0] * page_size // _attention_plan.CHUNK_MIN * 2
             need = 4 * _attention_plan.COUNTERS + chunks * qa.shape[1] * (qa.shape[2] + 4) * 4
             space = _workspace.for_stream(device, stream, min(need, _workspace.NBYTES))
+        parts = _attention_plan.parts_of(space, qa, num_kv_heads)
         lse_view = None if lse is None else view("lse", lse)
-        facts = _jit.device_facts(device)
-        launch = _attention_plan.decode(qa, oa, lse_view, tables, space, shape, sizes[1], numbers, facts)
+        arrays = (*inputs, oa, lse_view, *parts)
+        if kept is not None:
+            launch = kept.launch(arrays)
+        else:
+            shape = _attention_plan.shape_of(qa, oa, sizes[2], sizes[3], True, numbers)
+            facts = _jit.device_facts(device)
+            launch = _attention_plan.decode(qa, oa, lse_view, inputs[1:], parts, shape, sizes[1], numbers, facts)
+            _plans.keep(key, launch, arrays)
         _jit.run(launch, device, stream)
     return (out, lse) if return_lse else out
 
@@ -202,41 +214,68 @@ def batch_prefill(
     -----
     A row's bits depend on its sequence and the layer's shape alone. Lengths stay on the device.
     """
-    qa = _rows("q", q)
-    indptr = _table("qo_indptr", qo_indptr, INT32)
-    tables = _tables(kv_ptrs, kv_indptr, last_page_offset)
-    batch = tables[2].shape[0]
-    check_shape("kv_indptr", tables[1], (batch + 1,))
-    check_shape("qo_indptr", indptr, (batch + 1,))
-    sizes = _sizes(qa, num_layers, layer_idx, num_kv_heads, page_size, tables[0])
-    numbers = _numbers(qa, rope, rope_theta, rope_scale, sm_scale, window, soft_cap)
-    oa = None if out is None else _output(out, qa)
-    device = same_device(
-        q=qa, qo_indptr=indptr, kv_ptrs=tables[0], kv_indptr=tables[1], last_page_offset=tables[2], out=oa
-    )
-    if _env.DEBUG.on:
-        _debug(tables, page_size, indptr, qa.shape[0])
-    if oa is None:
-        out = _arrays.empty(qa.shape, qa.dtype, device)
-        oa = view("out", out)
+    inputs = _views(q, kv_ptrs, kv_indptr, last_page_offset)
+    indptr = view("qo_indptr", qo_indptr)
+    qa, oa = inputs[0], None if out is None else view("out", out)
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    options = rope, rope_theta, rope_scale, sm_scale, window, soft_cap
+    key = _plans.key((*inputs, indptr, oa), "prefill", return_lse, causal, *sizes, *options)
+    kept = _plans.find(key, inputs)
+    if kept is None:
+        _check_inputs(*inputs)
+        _check_table("qo_indptr", indptr, INT32)
+        batch = inputs[3].shape[0]
+        check_shape("kv_indptr", inputs[2], (batch + 1,))
+        check_shape("qo_indptr", indptr, (batch + 1,))
+        sizes = _sizes(qa, *sizes, inputs[1])
+        numbers = _numbers(qa, *options)
+        if oa is not None:
+            _check_output(oa, qa)
+        same_device(q=qa, qo_indptr=indptr, kv_ptrs=inputs[1], kv_indptr=inputs[2], last_page_offset=inputs[3], out=oa)
+        if _env.DEBUG.on:
+            _debug(inputs[1:], page_size, indptr, qa.shape[0])
+    device = qa.device
+    out, oa = _result(out, oa, qa, kept)
     lse = _arrays.empty(qa.shape[:2], FLOAT32, device) if return_lse else None
-    if device == CPU and not _jit.has_host_runner():
+    if kept is None and device == CPU and not _jit.has_host_runner():
         from .reference import attention
 
-        arrays = qa.numpy(), indptr.numpy(), tables[0].numpy(), tables[1].numpy(), tables[2].numpy()
-        attention.batch_prefill(*arrays, *sizes, out=oa.numpy(), lse=lse, causal=bool(causal), numbers=numbers)
-    elif batch and qa.shape[0]:
-        shape = _attention_plan.shape_of(qa, oa, sizes[2], page_size, bool(causal), numbers)
+        hosts = qa.numpy(), indptr.numpy(), inputs[1].numpy(), inputs[2].numpy(), inputs[3].numpy()
+        attention.batch_prefill(*hosts, *sizes, out=oa.numpy(), lse=lse, causal=bool(causal), numbers=numbers)
+    elif inputs[3].shape[0] and qa.shape[0]:
         lse_view = None if lse is None else view("lse", lse)
-        facts = _jit.device_facts(device)
-        launch = _attention_plan.prefill(qa, oa, lse_view, indptr, tables, shape, sizes[1], numbers, facts)
+        arrays = (*inputs, indptr, oa, lse_view)
+        if kept is not None:
+            launch = kept.launch(arrays)
+        else:
+            shape = _attention_plan.shape_of(qa, oa, sizes[2], sizes[3], bool(causal), numbers)
+            facts = _jit.device_facts(device)
+            launch = _attention_plan.prefill(qa, oa, lse_view, indptr, inputs[1:], shape, sizes[1], numbers, facts)
+            _plans.keep(key, launch, arrays)
         _jit.run(launch, device, stream_for(device, q, kv_ptrs))
     return (out, lse) if return_lse else out
 
 
+_plans = Plans()
+
+
+def _views(q: Any, kv_ptrs: Any, kv_indptr: Any, last_page_offset: Any) -> tuple[Array, Array, Array, Array]:
+    pointers, pages = view("kv_ptrs", kv_ptrs), view("kv_indptr", kv_indptr)
+    return view("q", q), pointers, pages, view("last_page_offset", last_page_offset)
+
+
+def _result(out: Any, array: Array | None, q: Array, kept: Kept | None) -> tuple[Any, Array]:
+    """The output, a new one where there is none; what the plan does not cover of it is checked: overlap."""
+    if array is None:
+        out = _arrays.empty(q.shape, q.dtype, q.device)
+        return out, view("out", out)
+    if kept is None or abs(array.ptr - q.ptr) < kept.reach:
+        check_no_overlap("out", array, q=q)
+    return out, array
+
+
 # ---- checks -------------------------------------------------------------------------------------
-def _rows(name: str, obj: Any) -> Array:
-    array = view(name, obj)
+def _check_rows(name: str, array: Array) -> None:
     check_dtype(name, array, HALVES)
     check_shape(name, array, ("tokens", "num_heads", "head_dim"))
     tokens, heads, dim = array.shape
@@ -251,28 +290,19 @@ def _rows(name: str, obj: Any) -> Array:
             f"{name}: expected contiguous rows (num_heads, head_dim) that do not overlap, "
             f"got strides {array.strides} (elements)"
         )
-    return array
 
 
-def _output(out: Any, q: Array) -> Array:
-    array = _rows("out", out)
-    check_dtype("out", array, (q.dtype,))
-    check_shape("out", array, q.shape)
-    check_no_overlap("out", array, q=q)
-    return array
+def _check_output(out: Array, q: Array) -> None:
+    _check_rows("out", out)
+    check_dtype("out", out, (q.dtype,))
+    check_shape("out", out, q.shape)
 
 
-def _table(name: str, obj: Any, dtype: np.dtype[Any]) -> Array:
-    array = view(name, obj)
-    _check_table(name, array, dtype)
-    return array
-
-
-def _tables(kv_ptrs: Any, kv_indptr: Any, last_page_offset: Any) -> tuple[Array, Array, Array]:
-    ptrs = _table("kv_ptrs", kv_ptrs, INT64)
-    pages = _table("kv_indptr", kv_indptr, INT32)
-    last = _table("last_page_offset", last_page_offset, INT32)
-    return ptrs, pages, last
+def _check_inputs(q: Array, kv_ptrs: Array, kv_indptr: Array, last_page_offset: Array) -> None:
+    _check_rows("q", q)
+    _check_table("kv_ptrs", kv_ptrs, INT64)
+    _check_table("kv_indptr", kv_indptr, INT32)
+    _check_table("last_page_offset", last_page_offset, INT32)
 
 
 def _sizes(
@@ -306,8 +336,7 @@ def _numbers(
     )
 
 
-def _check_workspace(workspace: Any) -> Array:
-    array = view("workspace", workspace)
+def _check_workspace(array: Array) -> None:
     check_dtype("workspace", array, (np.dtype(np.uint8),))
     check_shape("workspace", array, ("bytes",))
     check_contiguous("workspace", array)
@@ -318,7 +347,6 @@ def _check_workspace(workspace: Any) -> Array:
         )
     if _env.DEBUG.on and host_copy(array)[: 4 * _attention_plan.COUNTERS].any():
         raise ValueError(f"workspace: expected zeros in the first {4 * _attention_plan.COUNTERS} bytes, got others")
-    return array
 
 
 def _debug(tables: tuple[Array, Array, Array], page_size: int, qo_indptr: Array | None, tokens: int) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cupy_lora
-from cupy_lora import _arrays, _attention_plan
+from cupy_lora import _arrays, _attention_plan, _jit, _plans, attention
 
 BF16, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 UNMAPPED = 0x10  # aligned, and nobody's
@@ -135,6 +135,9 @@ def exact(data: Data) -> Exact:
     Allowed are: one rounding of each weight to the dtype before its product with the value, and of the output;
     errors of float32 in a score (of the sum over dim, of the exponent) and, with RoPE, of rounding rotated queries
     and keys (independent of each other: six standard deviations), each of which changes a weight in proportion.
+    The logarithm's error is that of a score, that of the sum of the weights (2**-22 of each by ex2.approx, 2**-24 by
+    its argument, 2**-23 by a compensated sum of any length: together less than the 2**-20 of a score) and the
+    rounding of the result and of the two terms that it is the sum of, each of about its own size: 2**-22 of it.
     """
     case, unit = data.case, tolerance.unit(data.case.dtype)
     scale = 1 / math.sqrt(case.dim) if case.sm_scale is None else case.sm_scale
@@ -221,6 +224,7 @@ SHAPES = [  # heads, group, head_dim, page
     (1, 16, 256, 8),
     (3, 1, 32, 4),
     (1, 2, 80, 3),
+    (1, 2, 144, 4),
 ]
 
 
@@ -245,6 +249,7 @@ def test_prefill_over_several_tiles(engine: Engine):
     """More rows than a block has, more keys than a tile, warps whose rows are past the last."""
     check(engine, Case((150, 70), (101, 70), 1, 4, 64, 16))
     check(engine, Case((300,), (37,), 1, 4, 128, 16, rope="llama"))
+    check(engine, Case((150,), (101,), 1, 4, 128, 16, rope="llama", window=60, soft_cap=5.0))
 
 
 OPTIONS = [
@@ -343,6 +348,47 @@ def test_bits_do_not_depend_on_the_batch(kernels: Engine, queries: tuple[int, ..
         got, logs = (kernels.numpy(array) for array in call(part, return_lse=True))
         tolerance.assert_same_bits(got, whole[rows], f"sequences {picked}")
         tolerance.assert_same_bits(logs, lse[rows], f"lse of sequences {picked}")
+
+
+@pytest.mark.parametrize("rope", [None, "llama"])
+@pytest.mark.parametrize(("group", "dim"), [(4, 64), (4, 128), (16, 128), (20, 64)])
+def test_blocks_that_take_many_units(
+    kernels: Engine, group: int, dim: int, rope: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """On one multiprocessor: sequences of one tile, of none and of several chunks behind each other in a block."""
+    lengths = (1, 0, 70, 3, 300, 0, 0, 5, 64, 65, 700, 2, 9, 0)
+    data = build(kernels, Case(lengths, None, 2, group, dim, 16, rope=rope))
+    roomy = [kernels.numpy(array) for array in call(data, return_lse=True)]
+    facts = _jit.device_facts
+
+    def one(device: int) -> _jit.DeviceFacts:
+        return dataclasses.replace(facts(device), sm_count=1)
+
+    monkeypatch.setattr(_jit, "device_facts", one)
+    monkeypatch.setattr(attention, "_plans", _plans.Plans())
+    for chunks in (0, 4, 100):
+        space = workspace(kernels, chunks, data.case)
+        crowded = [kernels.numpy(array) for array in call(data, return_lse=True, workspace=space)]
+        for array, expected in zip(crowded, roomy, strict=True):
+            tolerance.assert_same_bits(array, expected)
+    assert_right(*roomy, exact(data))
+
+
+@pytest.mark.parametrize("queries", [None, (9, 20)], ids=["decode", "prefill"])
+def test_a_kept_plan_takes_other_arrays_and_still_checks(engine: Engine, queries: tuple[int, ...] | None):
+    """The second call of a shape skips the checks that its key covers, and none else."""
+    first, second = (build(engine, Case((40, 20), queries, 1, 4, 64, 16), seed) for seed in (0, 1))
+    for data in (first, second, first):
+        out, lse = call(data, return_lse=True)
+        assert_right(engine.numpy(out), engine.numpy(lse), exact(data))
+    out = engine.array(np.zeros(first.q.shape, BF16))
+    for data in (first, second):
+        assert call(data, out=out) is out
+        np.testing.assert_array_less(np.abs(engine.numpy(out).astype(np.float64) - exact(data).out), 0.1)
+        with pytest.raises(ValueError, match="out: expected memory of its own"):
+            call(data, out=data.q_array)
+    with pytest.raises(ValueError, match="soft_cap: expected"):
+        call(first, soft_cap=-1.0)
 
 
 # ---- arrays -------------------------------------------------------------------------------------
