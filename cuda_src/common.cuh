@@ -34,11 +34,6 @@ struct f16 {
     u16 bits;
 };
 
-template <int V>
-struct Int {
-    static constexpr int value = V;
-};
-
 #include "ptx.cuh"
 
 constexpr CUPY_LORA_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }

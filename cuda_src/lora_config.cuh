@@ -10,7 +10,6 @@
 //   CLUSTER, WARPS         blocks that share a tile, warps per block
 //   STAGES                 slots of the ring, or units of B and y that a warp has in flight
 //   MIN_BLOCKS             blocks that must fit a multiprocessor, by their registers
-//   TILES                  0 list of tiles of a LoraBatch, 1 one token a tile, 2 segments
 //   TILE_ROWS              rows of a tile
 //   X_VECTORS, A_VECTORS, B_VECTORS, Y_VECTORS   1: 16-byte accesses are aligned
 //   TRANSPOSED             1: A is stored (in, rank), B (rank, out)
@@ -29,7 +28,6 @@ constexpr int kSlices = sizeof(kWidths) / sizeof(int);
 __device__ constexpr int kRanks[] = {RANKS};
 constexpr int kRankCount = sizeof(kRanks) / sizeof(int);
 constexpr bool kAnyRank = ANY_RANK;
-constexpr bool kShrinks = PHASE != 2, kExpands = PHASE != 1;
 constexpr int kCluster = CLUSTER;
 constexpr int kWarps = WARPS;
 constexpr int kTileRows = TILE_ROWS;

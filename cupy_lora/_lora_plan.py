@@ -337,7 +337,6 @@ def _layer_kernel(
         B_VECTORS=1,
         Y_VECTORS=y_vectors,
         TRANSPOSED=0,
-        TILES=0,
         ADD=1,
     )
     if config.form == "ring":
