@@ -131,7 +131,9 @@ CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys,
             top = quad_max(top);
             // Nothing visible yet: any finite base gives weights of 0.
             const float base = top == minus_infinity() ? 0.f : top * scale;
-            factor[h] = ptx::exp2_approx(fmaf(block.top[m][h], scale, -base));
+            // 1 where the maximum stays, not the power of what rounding left of `base`: that would come in every step.
+            const float old = block.top[m][h];
+            factor[h] = top == old ? 1.f : ptx::exp2_approx(fmaf(old, scale, -base));
             block.top[m][h] = top;
             float sum = 0.f;
 #pragma unroll

@@ -291,6 +291,11 @@ def test_decode_of_several_chunks(engine: Engine, length: int):
     check(engine, Case((3, length, 40), None, 1, 4, 64, 16))
 
 
+def test_errors_do_not_add_up_along_a_sequence(engine: Engine):
+    """Rescaling a row by almost 1 in each step would show in its lse."""
+    check(engine, Case((20_011,), (3,), 1, 1, 64, 64, shared=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rope", [None, "llama"])
 @pytest.mark.parametrize("length", [100_003, 1_000_000])
