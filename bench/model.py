@@ -212,7 +212,8 @@ class Report:
         self.rows: list[Row] = []
         self.head: dict[str, Any] = {
             "schema": SCHEMA,
-            "command": " ".join(("python -m bench", *argv)),
+            # Names of files, not where this machine keeps them.
+            "command": " ".join(("python -m bench", *(Path(a).name if a.startswith("/") else a for a in argv))),
             "commit": commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine,
