@@ -359,6 +359,11 @@ def set_slot(table: Array, slot: int, records: np.ndarray, facts: DeviceFacts) -
 # ---- the schedule --------------------------------------------------------------------------------
 
 
+def schedule_shared_bytes(heights: tuple[int, ...], max_adapters: int) -> int:
+    """Dynamic shared memory of build_tiles: the map in lora_batch.cuh."""
+    return 4 * (_PLACED + 32 * len(heights) + (2 + len(heights)) * max_adapters)
+
+
 def _build(slots: Array, indptr: Array | None, batch: LoraBatch) -> Launch:
     heights = batch.heights
     segments = indptr is not None
@@ -371,7 +376,7 @@ def _build(slots: Array, indptr: Array | None, batch: LoraBatch) -> Launch:
         ("INDEX_64", int(slots.dtype == INT64)),
         ("POINTER_64", int(indptr is not None and indptr.dtype == INT64)),
     )
-    shared = 4 * (_PLACED + 32 * len(heights) + (2 + len(heights)) * batch.max_adapters)
+    shared = schedule_shared_bytes(heights, batch.max_adapters)
     threads = 256 if tokens <= _FEW_TOKENS else 1024
     kernel = Kernel("lora_batch", "build_tiles", (*defines, ("THREADS", threads)), block=threads, shared=shared)
     lists = np.zeros(

@@ -144,6 +144,9 @@ def _check(y: Array, x: Array, weights: LoraWeights, batch: LoraBatch) -> None:
     check_shape("x", x, ("num_tokens", weights.in_features))
     count = x.shape[0]
     check_shape("y", y, (count, weights.width))
+    for name, array in (("x", x), ("y", y)):
+        if count > 1 and array.strides[0] >= 2**32:  # what the kernel's 32-bit row distance holds
+            raise ValueError(f"{name}: expected rows less than 2^32 elements apart, got {array.strides[0]}")
     same_device(y=y, x=x, weights=weights.table_view, batch=view("batch", batch.indices))
     if count != batch.num_tokens:
         raise ValueError(f"y: expected the {batch.num_tokens} rows of the batch, got {count}")

@@ -14,6 +14,7 @@ from ._plans import Plans
 from .reference.lora import segment_slots
 
 _FEW_TOKENS: Final = 256
+_MOST_SHARED: Final = 99 * 1024  # bytes of a block on the smallest of the GPUs that are served
 TILE_HEADER: Final = 8  # int32 words before the row numbers: slot, rows in the tile, spare
 NUM_COUNTERS: Final = 8
 _MOST_LAUNCHES: Final = 1024  # plans kept
@@ -41,7 +42,7 @@ class LoraBatch:
     max_tokens : int
         Most rows of a batch.
     max_adapters : int
-        Number of slots; that of the :class:`~cupy_lora.LoraWeights`, or fewer.
+        Number of slots; that of the :class:`~cupy_lora.LoraWeights`, or fewer. On a GPU at most about 4200.
     device : None, "cpu" or int
         None: the current GPU where there is one, else the host.
 
@@ -84,6 +85,14 @@ class LoraBatch:
             self._allocate()
 
     def _allocate(self) -> None:
+        from . import _lora_plan
+
+        # The schedule counts every slot in shared memory: a launch that no GPU can make is refused here.
+        if _lora_plan.schedule_shared_bytes(self.heights, self.max_adapters) > _MOST_SHARED:
+            per_slot = 4 * (2 + len(self.heights))
+            raise ValueError(
+                f"max_adapters: expected at most about {_MOST_SHARED // per_slot} on a GPU, got {self.max_adapters}"
+            )
         self.counters = _device.filled((NUM_COUNTERS,), INT32, self.device, 0)
         for height in self.heights:
             capacity = tile_capacity(self.max_tokens, self.max_adapters, height)

@@ -182,3 +182,10 @@ def test_host_indices_are_refused_during_capture(gpu: engines.Engine) -> None:
                 batch.update(np.zeros(8, np.int32))
         finally:
             stream.end_capture()
+
+
+def test_more_adapters_than_a_block_can_count() -> None:
+    """Refused when the device side is made, not by a launch that fails."""
+    LoraBatch(1024, max_adapters=4096, device="cpu")._allocate()
+    with pytest.raises(ValueError, match="max_adapters: expected at most about 4224 on a GPU, got 5000"):
+        LoraBatch(1024, max_adapters=5000, device="cpu")._allocate()
