@@ -87,12 +87,12 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
         Tree<kLeavesAt, kBlocks> inner;
         float sum[kBlocks][1][4];
         if constexpr (kBatch > 0) {
-            uint4 xs[kLeavesAt * kSteps], as[kLeavesAt * kSteps][kBlocks][2];
+            uint4 xs[kLeavesAt * kSteps][1], as[kLeavesAt * kSteps][kBlocks][2];
 #pragma unroll
             for (int i = 0; i < kLeavesAt * kSteps; ++i) {
                 const bool has_x = first_x && i < FirstX::kSteps && batch == 0;
-                if (has_x) xs[i] = first_x->step[i];
-                load(i, xs[i], as[i], has_x);
+                if (has_x) xs[i][0] = first_x->step[i];
+                load(i, xs[i][0], as[i], has_x);
             }
             if (batch == 0) {
                 then();
@@ -102,7 +102,7 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
             for (int i = 0; i < kLeavesAt * kSteps; ++i) {
                 if (i % kSteps == 0) inner.each([&](int b, int m, int e) { sum[b][m][e] = zero; });
 #pragma unroll
-                for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], as[i][b][0], as[i][b][1], xs[i]);
+                for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b], as[i][b][0], as[i][b][1], xs[i]);
                 if (i % kSteps == kSteps - 1) inner.push(i / kSteps, sum);
             }
             advance(kLeavesAt * kSteps);
@@ -110,17 +110,17 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
             inner.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
 #pragma unroll 1
             for (int start = 0; start < kSteps; start += kStepsAt) {
-                uint4 xs[kStepsAt], as[kStepsAt][kBlocks][2];
+                uint4 xs[kStepsAt][1], as[kStepsAt][kBlocks][2];
 #pragma unroll
                 for (int i = 0; i < kStepsAt; ++i) {
-                    if (start + i < kSteps) load(i, xs[i], as[i], false);
+                    if (start + i < kSteps) load(i, xs[i][0], as[i], false);
                 }
                 if (batch == 0 && start == 0) then();
 #pragma unroll
                 for (int i = 0; i < kStepsAt; ++i) {
                     if (start + i < kSteps) {
 #pragma unroll
-                        for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b][0], as[i][b][0], as[i][b][1], xs[i]);
+                        for (int b = 0; b < kBlocks; ++b) shrink_step<Half>(sum[b], as[i][b][0], as[i][b][1], xs[i]);
                     }
                 }
                 advance(start + kStepsAt < kSteps ? kStepsAt : kSteps - start);

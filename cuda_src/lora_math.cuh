@@ -96,11 +96,27 @@ struct Tree {
     }
 };
 
-// One step of 32 columns of the shrink: 16 ranks (rows g and g + 8 of A) by 8 tokens (row g of x).
-template <class T>
-CUPY_LORA_DEVICE void shrink_step(float (&sum)[4], uint4 a_low, uint4 a_high, uint4 x) {
-    ptx::mma_m16n8k16(sum, a_low.x, a_high.x, a_low.y, a_high.y, x.x, x.y, T{});
-    ptx::mma_m16n8k16(sum, a_low.z, a_high.z, a_low.w, a_high.w, x.z, x.w, T{});
+// The 16-row operand of a product, from two rows' words. The assembler takes moves into neighbouring registers for
+// free to repeat, and repeats them ahead of every product (more than half of all instructions of a prefill were
+// such moves); it keeps what it had to compute, so a zero that it does not know is added: every block is one row of threads.
+struct Rows16 {
+    u32 word[4];
+
+    CUPY_LORA_DEVICE Rows16(u32 even_low, u32 odd_low, u32 even_high, u32 odd_high) {
+        const u32 zero = threadIdx.z;
+        word[0] = even_low | zero, word[1] = odd_low | zero, word[2] = even_high | zero, word[3] = odd_high | zero;
+    }
+};
+
+// One step of 32 columns of the shrink: 16 ranks (rows g and g + 8 of A) by kGroups groups of 8 tokens (rows g of x).
+template <class T, int kGroups>
+CUPY_LORA_DEVICE void shrink_step(float (&sum)[kGroups][4], uint4 a_low, uint4 a_high, const uint4 (&x)[kGroups]) {
+    const Rows16 first(a_low.x, a_high.x, a_low.y, a_high.y), second(a_low.z, a_high.z, a_low.w, a_high.w);
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+        ptx::mma_m16n8k16(sum[m], first.word[0], first.word[1], first.word[2], first.word[3], x[m].x, x[m].y, T{});
+        ptx::mma_m16n8k16(sum[m], second.word[0], second.word[1], second.word[2], second.word[3], x[m].z, x[m].w, T{});
+    }
 }
 
 // ---- v, split so that a 16-bit tensor core product keeps it at float32 accuracy --------------------
@@ -146,12 +162,13 @@ struct SplitV<f16> {
     }
 };
 
-// One k16 block of the expand: 16 columns of y (two rows of B: `even` is row g, `odd` row g + 8, each
-// the lane's four ranks) by 8 tokens.
+// One k16 block of the expand, B as the 16-row operand: 16 columns of y (two rows of B: `even` is row g, `odd`
+// row g + 8, each the lane's four ranks) by 8 tokens.
 CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&even)[2], const u32 (&odd)[2], const SplitV<bf16>& v) {
+    const Rows16 b(even[0], odd[0], even[1], odd[1]);
 #pragma unroll
     for (int z = 2; z >= 0; --z) {
-        ptx::mma_m16n8k16(sum, even[0], odd[0], even[1], odd[1], v.term[z][0], v.term[z][1], bf16{});
+        ptx::mma_m16n8k16(sum, b.word[0], b.word[1], b.word[2], b.word[3], v.term[z][0], v.term[z][1], bf16{});
     }
 }
 
@@ -168,6 +185,31 @@ CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&even)[2], const u
         for (int pair = 0; pair < 2; ++pair) {
             ptx::mma_m16n8k8_tf32(sum, a[pair][0], a[pair][1], a[pair][2], a[pair][3], v.term[z][2 * pair],
                                   v.term[z][2 * pair + 1]);
+        }
+    }
+}
+
+// The same sums with v as the 16-row operand: tokens g (`even`) and g + 8 (`odd`) by 8 columns of y, of which
+// `b` is row g of B, the lane's four ranks. v's operand is made once for all columns.
+CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&b)[2], const SplitV<bf16>& even,
+                                  const SplitV<bf16>& odd) {
+#pragma unroll
+    for (int z = 2; z >= 0; --z) {
+        ptx::mma_m16n8k16(sum, even.term[z][0], odd.term[z][0], even.term[z][1], odd.term[z][1], b[0], b[1], bf16{});
+    }
+}
+
+CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&b)[2], const SplitV<f16>& even,
+                                  const SplitV<f16>& odd) {
+    float low[2], high[2];
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) unpack2(b[pair], low[pair], high[pair], f16{});
+#pragma unroll
+    for (int z = 1; z >= 0; --z) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            ptx::mma_m16n8k8_tf32(sum, even.term[z][2 * pair], odd.term[z][2 * pair], even.term[z][2 * pair + 1],
+                                  odd.term[z][2 * pair + 1], low[pair], high[pair]);
         }
     }
 }

@@ -4,15 +4,15 @@
 // flight; the ring does not drain between the two halves:
 //   shrink stage   kLeafWarps leaves of the tile's rows of x and of A
 //   expand stage   kColumns columns of the tile's rows of y and of B
-// The 8 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (8 tokens, unit of
-// 16 * kRows columns). Between them each block owns a share of v: the blocks send it their parts, it sums
+// The 8 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (16 tokens, unit of
+// 8 * kTiles columns). Between them each block owns a share of v: the blocks send it their parts, it sums
 // them and sends the sum to all (two hops, but v crosses the cluster once instead of kCluster times).
 //
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
-//   B, y  Slot of lora_slots.cuh
+//   B, y  RingSlot of lora_slots.cuh
 // Shared memory of the block: 128 for four mbarriers | received of the direct form | shares and v
-// (clusters) | parts: float [leaf warps][rows][rank + 4] and the slots, or the direct form's parts and v.
+// (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and v.
 // `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: those of lora_slots.cuh.
@@ -29,15 +29,17 @@ struct RingShape {
     static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp
     static constexpr int kLeafWarps = kWarps / (kRankWarps * kTokenWarps);
     static constexpr int kLeavesEach = kLeaves / (kCluster * kLeafWarps);
-    static constexpr int kPairs = kTileRows == 16 && kRank >= 32 ? 2 : 4;  // pairs of columns per lane
-    static constexpr int kUnit = 16 * kPairs;
-    static constexpr int kColumns = kUnit * (kWarps / (kTileRows / 8));
+    static constexpr int kTiles = kTileRows == 16 && kRank >= 32 ? 2 : 4;  // of 8 columns, per warp and stage
+    static constexpr int kTokenTiles = kTileRows / 16;
+    static constexpr int kColumns = 8 * kTiles * (kWarps / kTokenTiles);
     static constexpr int kLeafChunks = Leaf<kIn>::kColumns / 8;  // 16-byte chunks of a row of a leaf
     static constexpr int kShrinkBytes = kLeafWarps * (kTileRows + kRank) * kLeafChunks * 16;
-    using Expand = Slot<kRank, kPairs, kColumns, kTileRows>;
+    using Expand = RingSlot<kRank, kTiles, kColumns, kTileRows>;
     static constexpr int kExpandBytes = Expand::kBytes;
     static constexpr int kSlotBytes = kShrinkBytes > kExpandBytes ? kShrinkBytes : kExpandBytes;
-    static constexpr int kPartBytes = kLeafWarps * kTileRows * (kRows16 + 4) * 4;
+    // A warp with many sums leaves them in shared memory half way: each level of their tree is that many registers.
+    static constexpr int kPasses = kBlocks * kGroups >= 4 ? 2 : 1;
+    static constexpr int kParts = kLeafWarps * kPasses, kPartBytes = kParts * kTileRows * (kRows16 + 4) * 4;
     static_assert(kWarps == 8 && kTileRows >= 16 && kTileRows <= 64, "the ring is laid out for 8 warps");
 };
 
@@ -59,12 +61,12 @@ struct RingExchange {
     u32 uses;
 };
 
-// Sums of `parts` over the leaf warps, of quad `e` (four ranks of a token).
+// The sum of `parts` over K, of four ranks of a token.
 template <int kRank>
 CUPY_LORA_DEVICE float4 ring_part(const float* parts, int token, int rank) {
     using S = RingShape<kRank>;
-    return tree_sum<S::kLeafWarps>([&](int leaf) {
-        return *reinterpret_cast<const float4*>(parts + (leaf * kTileRows + token) * (S::kRows16 + 4) + rank);
+    return tree_sum<S::kParts>([&](int part) {
+        return *reinterpret_cast<const float4*>(parts + (part * kTileRows + token) * (S::kRows16 + 4) + rank);
     });
 }
 
@@ -181,9 +183,11 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     const Half* b_from = w.b + static_cast<i64>(block) * S::kColumns * kRank + thread * 8;
     const int b_row = thread / (kRank / 8), b_to = E::b_byte(b_row, thread % (kRank / 8));
 
+    constexpr u32 kRingBytes = STAGES * S::kSlotBytes;
     int stage_in = 0;
-    unsigned char* slot_in = ring;
+    u32 in = 0, out = 0;  // bytes from `ring` to the next slot to fill, and to read
     const auto request = [&] {
+        unsigned char* const slot_in = ring + in;
         if (stage_in < S::kLeavesEach) {
 #pragma unroll
             for (int j = 0; j < kShrinkEach; ++j) {
@@ -218,17 +222,16 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
             b_from += kCluster * S::kColumns * kRank;
         }
         ++stage_in;
-        slot_in = slot_in + S::kSlotBytes == ring + STAGES * S::kSlotBytes ? ring : slot_in + S::kSlotBytes;
+        in = in + S::kSlotBytes == kRingBytes ? 0 : in + S::kSlotBytes;
         ptx::copy_async_commit();
     };
-    const unsigned char* slot_out = ring;
     // The next stage's slot, once it has landed for all threads; asks for the one that takes the slot before it.
     const auto next_stage = [&] {
-        const unsigned char* const slot = slot_out;
+        const unsigned char* const slot = ring + out;
         ptx::copy_async_wait<STAGES - 2>();
         __syncthreads();
         request();
-        slot_out = slot_out + S::kSlotBytes == ring + STAGES * S::kSlotBytes ? ring : slot_out + S::kSlotBytes;
+        out = out + S::kSlotBytes == kRingBytes ? 0 : out + S::kSlotBytes;
         return slot;
     };
 #pragma unroll 1
@@ -244,68 +247,71 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         constexpr int kRowBytes = kChunks * 16;
         const int x_at = swizzle_leaf(leaf_warp * kLeafRows + token_warp * S::kGroups * 8 + g, t, kChunks);
         const int a_at = swizzle_leaf(leaf_warp * kLeafRows + kTileRows + rank_warp * S::kBlocks * 16 + g, t, kChunks);
-        Tree<S::kLeavesEach / kUnroll, S::kBlocks, S::kGroups> tree;
+        constexpr int kTurns = S::kLeavesEach / S::kPasses / kUnroll;
+        float* part = parts + (leaf_warp * S::kPasses * kTileRows + token_warp * S::kGroups * 8 + 2 * t) * (S::kRows16 + 4) +
+                      rank_warp * S::kBlocks * 16 + g;
 #pragma unroll 1
-        for (int start = 0; start < S::kLeavesEach / kUnroll; ++start) {
-            Tree<kUnroll, S::kBlocks, S::kGroups> four;
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                const unsigned char* const slot = next_stage();
+        for (int pass = 0; pass < S::kPasses; ++pass, part += kTileRows * (S::kRows16 + 4)) {
+            Tree<kTurns, S::kBlocks, S::kGroups> tree;
+#pragma unroll 1
+            for (int turn = 0; turn < kTurns; ++turn) {
+                Tree<kUnroll, S::kBlocks, S::kGroups> four;
                 float sum[S::kBlocks][S::kGroups][4];
-                four.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
 #pragma unroll
-                for (int s = 0; s < kSteps; ++s) {
-                    uint4 xs[S::kGroups];
+                for (int u = 0; u < kUnroll; ++u) {
+                    const unsigned char* const slot = next_stage();
+                    four.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
 #pragma unroll
-                    for (int m = 0; m < S::kGroups; ++m) {
-                        xs[m] = *reinterpret_cast<const uint4*>(slot + further(x_at, s, kChunks) + m * 8 * kRowBytes);
+                    for (int s = 0; s < kSteps; ++s) {
+                        uint4 xs[S::kGroups];
+#pragma unroll
+                        for (int m = 0; m < S::kGroups; ++m) {
+                            xs[m] =
+                                *reinterpret_cast<const uint4*>(slot + further(x_at, s, kChunks) + m * 8 * kRowBytes);
+                        }
+#pragma unroll
+                        for (int b = 0; b < S::kBlocks; ++b) {
+                            const unsigned char* const at = slot + further(a_at, s, kChunks) + b * 16 * kRowBytes;
+                            const uint4 low = *reinterpret_cast<const uint4*>(at);
+                            uint4 high = make_uint4(0, 0, 0, 0);
+                            if constexpr (kRank >= 16) high = *reinterpret_cast<const uint4*>(at + 8 * kRowBytes);
+                            shrink_step<Half>(sum[b], low, high, xs);
+                        }
                     }
-#pragma unroll
-                    for (int b = 0; b < S::kBlocks; ++b) {
-                        const unsigned char* const at = slot + further(a_at, s, kChunks) + b * 16 * kRowBytes;
-                        const uint4 low = *reinterpret_cast<const uint4*>(at);
-                        uint4 high = make_uint4(0, 0, 0, 0);
-                        if constexpr (kRank >= 16) high = *reinterpret_cast<const uint4*>(at + 8 * kRowBytes);
-#pragma unroll
-                        for (int m = 0; m < S::kGroups; ++m) shrink_step<Half>(sum[b][m], low, high, xs[m]);
-                    }
+                    four.push(u, sum);
                 }
-                four.push(u, sum);
+                four.each([&](int b, int m, int e) { sum[b][m][e] = four.total(b, m, e); });
+                tree.push_at(turn, sum);
             }
-            float sum[S::kBlocks][S::kGroups][4];
-            four.each([&](int b, int m, int e) { sum[b][m][e] = four.total(b, m, e); });
-            tree.push_at(start, sum);
+            tree.each([&](int b, int m, int e) {
+                part[(m * 8 + e % 2) * (S::kRows16 + 4) + b * 16 + 8 * (e / 2)] = tree.total(b, m, e);
+            });
         }
-        Tree<1, S::kBlocks, S::kGroups>::each([&](int b, int m, int e) {
-            const int token = (token_warp * S::kGroups + m) * 8 + 2 * t + e % 2;
-            const int rank = (rank_warp * S::kBlocks + b) * 16 + g + 8 * (e / 2);
-            parts[(leaf_warp * kTileRows + token) * (S::kRows16 + 4) + rank] = tree.total(b, m, e);
-        });
     }
     __syncthreads();
     if constexpr (kCluster > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
 
-    // ---- expand: this warp's 8 tokens, and its unit of each stage's columns
-    const int token0 = warp % (kTileRows / 8) * 8, unit = warp / (kTileRows / 8);
+    // ---- expand: this warp's 16 tokens, and its unit of each stage's columns
+    const int token0 = warp % S::kTokenTiles * 16 + g, unit = warp / S::kTokenTiles * E::kUnit;
     const float scale = w.scale * layer.scale;
     typename E::V v;
-    E::split(v, [&](int rank) {
+    E::split(v, [&](int h, int rank) {
         float4 q;
         if constexpr (kCluster > 1) {
-            q = *reinterpret_cast<const float4*>(rx.v + (token0 + g) * S::kRows16 + rank);
+            q = *reinterpret_cast<const float4*>(rx.v + (token0 + 8 * h) * S::kRows16 + rank);
         } else {
-            q = ring_part<kRank>(parts, token0 + g, rank);
+            q = ring_part<kRank>(parts, token0 + 8 * h, rank);
         }
         return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
     });
-    const int my_column = unit * S::kUnit + g * 2 * S::kPairs;  // in a stage
-    const typename E::Place place = E::place(my_column, token0);
+    const int my_column = unit + 2 * S::kTiles * t;  // in a stage
+    const typename E::Place place = E::place(unit, token0 - g);
     Out* y_out[2];
     bool writes[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        y_out[h] = y + tile.row(token0 + 2 * t + h) * layer.y_stride + block * S::kColumns + my_column;
-        writes[h] = tile.writes(token0 + 2 * t + h);
+        y_out[h] = y + tile.row(token0 + 8 * h) * layer.y_stride + block * S::kColumns + my_column;
+        writes[h] = tile.writes(token0 + 8 * h);
     }
 #pragma unroll 1
     for (int stage = 0; stage < expand_stages; ++stage) {

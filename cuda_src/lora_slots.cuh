@@ -1,8 +1,11 @@
 // Columns of B and y staged in shared memory, and the products of one lane with them: the expand of both forms.
 //
 // A slot holds kColumns columns of a slice: their rows of B, then kTokens rows of y, in 16-byte chunks placed so
-// that a warp's fragment loads have no bank conflicts. Lane (g, t) takes 2 * kPairs neighbouring columns, from
-// 2 * kPairs * g on, of tokens 2t and 2t + 1.
+// that a warp's fragment loads have no bank conflicts.
+//   Slot      8 tokens, B the 16-row operand: lane (g, t) takes 2 * kPairs neighbouring columns, from 2 * kPairs * g
+//             on, of tokens 2t and 2t + 1
+//   RingSlot  16 tokens a warp, v the 16-row operand, made once for all slots: lane (g, t) takes 2 * kTiles
+//             neighbouring columns, from 2 * kTiles * t on, of tokens g and g + 8; B is read half as often
 //
 // Preconditions: rank 8, 16, 32 or 64; y of the weights' 16-bit type; rows 16-byte aligned.
 #pragma once
@@ -11,6 +14,20 @@
 #include "lora_math.cuh"
 
 constexpr CUPY_LORA_DEVICE bool slot_rank(int rank) { return rank == 8 || rank == 16 || rank == 32 || rank == 64; }
+
+// kRun 16-bit elements.
+template <int kWords>
+CUPY_LORA_DEVICE void read_run(u32 (&words)[kWords], const unsigned char* from) {
+    if constexpr (kWords == 4) {
+        const uint4 q = *reinterpret_cast<const uint4*>(from);
+        words[0] = q.x, words[1] = q.y, words[2] = q.z, words[3] = q.w;
+    } else if constexpr (kWords == 2) {
+        const uint2 q = *reinterpret_cast<const uint2*>(from);
+        words[0] = q.x, words[1] = q.y;
+    } else {
+        words[0] = *reinterpret_cast<const u32*>(from);
+    }
+}
 
 template <int kRank, int kPairs, int kColumns, int kTokens>
 struct Slot {
@@ -84,7 +101,7 @@ struct Slot {
             for (int i = 0; i < 2 * kPairs; ++i) {
                 const int row = kRank == 64 ? i : (i % kSwap ^ p.swap) + i / kSwap * kSwap;
                 const int at = kRank == 64 ? p.b ^ group * 64 : p.b;
-                read(b[i / 2][i % 2], slot + at + row * kRank * 2);
+                read_run(b[i / 2][i % 2], slot + at + row * kRank * 2);
             }
             expand_group<kRun>(sum, b, v[group]);
         }
@@ -95,15 +112,99 @@ struct Slot {
         }
     }
 
-    static CUPY_LORA_DEVICE void read(u32 (&words)[kRun / 2], const unsigned char* from) {
-        if constexpr (kRun == 8) {
-            const uint4 q = *reinterpret_cast<const uint4*>(from);
-            words[0] = q.x, words[1] = q.y, words[2] = q.z, words[3] = q.w;
-        } else if constexpr (kRun == 4) {
-            const uint2 q = *reinterpret_cast<const uint2*>(from);
-            words[0] = q.x, words[1] = q.y;
+};
+
+template <int kRank, int kTiles, int kColumns, int kTokens>
+struct RingSlot {
+    static constexpr int kRun = rank_run(kRank), kGroups = ceil_div(kRank, 4 * kRun);
+    static constexpr int kYChunks = kColumns / 8;    // of a row
+    static constexpr int kY = kColumns * kRank * 2;  // byte where y starts
+    static constexpr int kBytes = kY + kTokens * kColumns * 2;
+    static constexpr int kUnit = 8 * kTiles;  // columns of a warp
+    static_assert(kTiles == 4 || (kTiles == 2 && kRank >= 32 && kYChunks >= 16), "the swizzles are made for these");
+
+    // Chunk `chunk` of row `row` of B. A lane group reads rows 2 * kTiles * (g / 2) + g % 2: neighbours in pairs.
+    static CUPY_LORA_DEVICE int b_byte(int row, int chunk) {
+        if constexpr (kRank == 64) {
+            return row * 128 + (chunk ^ (row & 1) * 4) * 16;
         } else {
-            words[0] = *reinterpret_cast<const u32*>(from);
+            return (row ^ swap(row)) * kRank * 2 + chunk * 16;
+        }
+    }
+
+    static CUPY_LORA_DEVICE int swap(int row) {
+        return kRank == 16 ? (row / (2 * kTiles) & 1) * 2 : kRank == 8 ? (row / (2 * kTiles) & 3) * 2 : 0;
+    }
+
+    static CUPY_LORA_DEVICE int y_byte(int row, int chunk) {
+        return kY + (row * kYChunks + (kTiles == 4 ? chunk ^ (row & 1) * 4 : chunk ^ (row & 3) * 2)) * 16;
+    }
+
+    // This lane's v: of tokens g and g + 8 of the warp's sixteen, from v_quad(token, rank).
+    using V = SplitV<Half>[2][kGroups][kRun > 4 ? 2 : 1];
+
+    template <class VQuad>
+    static CUPY_LORA_DEVICE void split(V& v, const VQuad& v_quad) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group) {
+                split_v<kRun>(v[h][group], 4 * kRun * group, [&](int rank) { return v_quad(h, rank); });
+            }
+        }
+    }
+
+    // Where this lane reads: `unit` the warp's first column in the slot, `token` its first row.
+    struct Place {
+        int b, y;
+    };
+
+    static CUPY_LORA_DEVICE Place place(int unit, int token) {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, byte = kRun * t * 2;
+        Place p;
+        p.b = b_byte(unit + 2 * kTiles * (g / 2) + g % 2, byte / 16) + byte % 16;
+        p.y = y_byte(token + g, (unit + 2 * kTiles * t) / 8) + 2 * kTiles * t % 8 * 2;
+        return p;
+    }
+
+    // y of the lane's two tokens (where ADD says so) plus v times B, in `y`.
+    using Y = Columns<Half, 2 * kTiles, true>;
+
+    static CUPY_LORA_DEVICE void multiply(Y (&y)[2], const unsigned char* slot, const Place& p, const V& v) {
+        float sum[kTiles][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {  // rows g and g + 8 are swizzled alike
+            if constexpr (kAddToY) y[h].load(reinterpret_cast<const Half*>(slot + p.y + h * 8 * kYChunks * 16), 8);
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+                sum[i][2 * h] = sum[i][2 * h + 1] = 0.f;
+                if constexpr (kAddToY) y[h].get(i, sum[i][2 * h], sum[i][2 * h + 1]);
+            }
+        }
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            u32 b[kTiles][kRun / 2];
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+                // Rows 2i further: of its group of 2 * kTiles, whose rows trade places by an exclusive or.
+                const int at = kRank == 64 ? p.b ^ group * 64 : p.b;
+                const int row = kRank == 64 ? 2 * i * 128 : 2 * i * kRank * 2;
+                read_run(b[i], slot + (kRank >= 32 ? at + row : at ^ row));
+            }
+#pragma unroll
+            for (int s = 0; s < (kRun > 4 ? 2 : 1); ++s) {
+#pragma unroll
+                for (int i = 0; i < kTiles; ++i) {
+                    u32 words[2] = {b[i][2 * s], 0};
+                    if constexpr (kRun > 2) words[1] = b[i][2 * s + 1];
+                    expand_step(sum[i], words, v[0][group][s], v[1][group][s]);
+                }
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) y[h].set(i, sum[i][2 * h], sum[i][2 * h + 1]);
         }
     }
 };

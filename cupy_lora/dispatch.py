@@ -277,7 +277,9 @@ def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     columns = 16 * pairs * (8 // (rows // 8))
     leaf_columns = 32 * -(-in_features // 2048)
     slot = max(leaf_warps * (rows + rank) * leaf_columns * 2, columns * (rank + rows) * 2)
-    return slot, leaf_warps * rows * (max(rank, 16) + 4) * 4
+    blocks, groups = max(rank, 16) // 16 // rank_warps, rows // 8 // token_warps
+    passes = 2 if blocks * groups >= 4 else 1
+    return slot, passes * leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
 def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0) -> LoraConfig:
