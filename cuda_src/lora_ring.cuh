@@ -37,9 +37,11 @@ struct RingShape {
     using Expand = RingSlot<kRank, kTiles, kColumns, kTileRows>;
     static constexpr int kExpandBytes = Expand::kBytes;
     static constexpr int kSlotBytes = kShrinkBytes > kExpandBytes ? kShrinkBytes : kExpandBytes;
-    // A warp with many sums leaves them in shared memory half way: each level of their tree is that many registers.
-    static constexpr int kPasses = kBlocks * kGroups >= 4 ? 2 : 1;
+    // A warp with many sums leaves them in shared memory now and then: each level of their tree is as many registers.
+    static constexpr int kPasses = kBlocks * kGroups >= 4 ? 4 : 1;
     static constexpr int kParts = kLeafWarps * kPasses, kPartBytes = kParts * kTileRows * (kRows16 + 4) * 4;
+    // Stages that one wait and one barrier serve.
+    static constexpr int kTogether = STAGES >= 6 && kLeavesEach / kPasses >= 2 ? 2 : 1;
     static_assert(kWarps == 8 && kTileRows >= 16 && kTileRows <= 64, "the ring is laid out for 8 warps");
 };
 
@@ -225,25 +227,29 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         in = in + S::kSlotBytes == kRingBytes ? 0 : in + S::kSlotBytes;
         ptx::copy_async_commit();
     };
-    // The next stage's slot, once it has landed for all threads; asks for the one that takes the slot before it.
-    const auto next_stage = [&] {
-        const unsigned char* const slot = ring + out;
-        ptx::copy_async_wait<STAGES - 2>();
+    // The next kTogether stages, once they have landed for all threads; asks for those that take the slots before them.
+    const auto take = [&] {
+        ptx::copy_async_wait<STAGES - 2 * S::kTogether>();
         __syncthreads();
-        request();
+#pragma unroll
+        for (int i = 0; i < S::kTogether; ++i) request();
+    };
+    const auto next_slot = [&] {
+        const unsigned char* const slot = ring + out;
         out = out + S::kSlotBytes == kRingBytes ? 0 : out + S::kSlotBytes;
         return slot;
     };
 #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; ++i) request();
+    for (int i = 0; i < STAGES - S::kTogether; ++i) request();
 
     // ---- shrink
     const int rank_warp = warp % S::kRankWarps, token_warp = warp / S::kRankWarps % S::kTokenWarps;
     const int leaf_warp = warp / (S::kRankWarps * S::kTokenWarps);
     {
-        constexpr int kMost =
-            S::kBlocks * S::kGroups >= 4 || kSteps > 4 ? 2 : 4;  // inner levels of the tree, by registers
-        constexpr int kUnroll = S::kLeavesEach < kMost ? S::kLeavesEach : kMost;
+        constexpr int kMost = kSteps > 4 ? 2 : 4;  // leaves of the inner tree, by registers
+        constexpr int kUnroll = S::kLeavesEach / S::kPasses < kMost ? S::kLeavesEach / S::kPasses : kMost;
+        constexpr int kStepUnroll = kSteps > 4 ? 2 : kSteps;
+        static_assert(kUnroll % S::kTogether == 0, "the stages of a turn are taken together");
         constexpr int kRowBytes = kChunks * 16;
         const int x_at = swizzle_leaf(leaf_warp * kLeafRows + token_warp * S::kGroups * 8 + g, t, kChunks);
         const int a_at = swizzle_leaf(leaf_warp * kLeafRows + kTileRows + rank_warp * S::kBlocks * 16 + g, t, kChunks);
@@ -259,9 +265,10 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                 float sum[S::kBlocks][S::kGroups][4];
 #pragma unroll
                 for (int u = 0; u < kUnroll; ++u) {
-                    const unsigned char* const slot = next_stage();
+                    if (u % S::kTogether == 0) take();
+                    const unsigned char* const slot = next_slot();
                     four.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
-#pragma unroll
+#pragma unroll kStepUnroll
                     for (int s = 0; s < kSteps; ++s) {
                         uint4 xs[S::kGroups];
 #pragma unroll
@@ -314,15 +321,21 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         writes[h] = tile.writes(token0 + 8 * h);
     }
 #pragma unroll 1
-    for (int stage = 0; stage < expand_stages; ++stage) {
-        const unsigned char* const slot = next_stage();
-        const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < width;
-        typename E::Y y_pair[2];
-        E::multiply(y_pair, slot, place, v);
+    for (int first = 0; first < expand_stages; first += S::kTogether) {
+        take();
+        constexpr int kUnroll = kRank == 64 && sizeof(SplitV<Half>) > 24 ? 1 : S::kTogether;  // by registers
+#pragma unroll kUnroll
+        for (int i = 0; i < S::kTogether; ++i) {
+            const int stage = first + i;
+            if (i > 0 && stage >= expand_stages) break;
+            const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < width;
+            typename E::Y y_pair[2];
+            E::multiply(y_pair, next_slot(), place, v);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            if (writes[h] && inside) y_pair[h].store(y_out[h], 8);
-            y_out[h] += kCluster * S::kColumns;
+            for (int h = 0; h < 2; ++h) {
+                if (writes[h] && inside) y_pair[h].store(y_out[h], 8);
+                y_out[h] += kCluster * S::kColumns;
+            }
         }
     }
     ptx::copy_async_wait<0>();

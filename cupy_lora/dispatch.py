@@ -278,7 +278,7 @@ def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     leaf_columns = 32 * -(-in_features // 2048)
     slot = max(leaf_warps * (rows + rank) * leaf_columns * 2, columns * (rank + rows) * 2)
     blocks, groups = max(rank, 16) // 16 // rank_warps, rows // 8 // token_warps
-    passes = 2 if blocks * groups >= 4 else 1
+    passes = 4 if blocks * groups >= 4 else 1
     return slot, passes * leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
