@@ -59,9 +59,10 @@ struct Block {
 CUPY_LORA_DEVICE Block block_at(unsigned char* shared, u32 state) {
     const ExchangeState exchange{state & 3, (state & 4) != 0};
 #if TILE_ROWS > 8
-    unsigned char* const remote = shared + 128 + kReceivedBytes;
+    unsigned char* const received = shared + 128 + kTableBytes;
+    unsigned char* const remote = received + kReceivedBytes;
     unsigned char* const local = remote + kRingRemoteBytes;
-    return Block{exchange_at(shared, shared + 128, local, exchange), ring_at(shared + 16, remote, state >> 3), local};
+    return Block{exchange_at(shared, received, local, exchange), ring_at(shared + 16, remote, state >> 3), local};
 #else
     return Block{exchange_at(shared, exchange)};
 #endif
@@ -85,7 +86,7 @@ CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Rows& tile
 #pragma unroll 1
         for (int first = 0; first < tile.rows; first += 8) {
             const int rows = tile.rows - first < 8 ? tile.rows - first : 8;
-            const Tile eight = tile_of_list(tile.list[first + threadIdx.x % 8], rows, tile.tokens);
+            const Tile eight = tile.eight(first, rows);
             const In* const row = layer.x + eight.row(threadIdx.x % 32 / 4) * layer.x_stride;
             direct_tile<kRank>(block.ex, layer, eight, w, y, row, nullptr);
             __syncthreads();  // the next rows' parts overwrite these
@@ -99,10 +100,10 @@ CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Rows& tile
 // The same as a call that takes scalars only: several large bodies in one kernel cost each other registers
 // otherwise. Returns the state of the block.
 #if TILE_ROWS > 8
-#define ROWS_PARAMETERS int rows, const i32 *list, i32 tokens
-#define ROWS_ARGUMENTS tile.rows, tile.list, tile.tokens
+#define ROWS_PARAMETERS int rows
+#define ROWS_ARGUMENTS tile.rows
 #define ROWS_OF_PARAMETERS \
-    RingTile { rows, list, tokens }
+    RingTile { rows, table_of(shared) }
 #else
 #define ROWS_PARAMETERS int rows, int own, u32 written
 #define ROWS_ARGUMENTS tile.rows, tile.own, tile.written
@@ -173,7 +174,8 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     // count may hold anything, so its slot is checked before it is followed.
     const i32* record = tiles + static_cast<i64>(at) * kStride;
     int2 head = ptx::load_int2(record);
-    int listed = ptx::load_int(record + 8 + threadIdx.x % 8);
+    constexpr int kListed = TILE_ROWS > 8 ? kTileRows : 8;
+    int listed = ptx::load_int(record + 8 + threadIdx.x % kListed), safe = TILE_ROWS > 8 ? ptx::load_int(record + 8) : 0;
     const int count = ptx::load_int(tile_count);
     const auto weights_of = [&](int slot) {
         const bool there = slot >= 0 && slot < slots;
@@ -190,7 +192,9 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         const In* x_row = nullptr;
         FirstX first_x;
 #if TILE_ROWS > 8
-        const Rows tile{head.y, record + 8, tokens};
+        fill_table(table_of(shared), listed, safe, head.y, tokens);  // while the record is on its way
+        __syncthreads();
+        const Rows tile{head.y, table_of(shared)};
 #else
         const Rows tile = tile_of_list(listed, head.y, tokens);
         if constexpr (kOneBody) {
@@ -203,9 +207,13 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         if (at >= count) break;
         record = tiles + static_cast<i64>(at) * kStride;
         head = ptx::load_int2(record);
-        listed = ptx::load_int(record + 8 + threadIdx.x % 8);
+        listed = ptx::load_int(record + 8 + threadIdx.x % kListed);
         w = weights_of(head.x);
+#if TILE_ROWS > 8
+        safe = ptx::load_int(record + 8);
+#else
         __syncthreads();  // the next tile's parts overwrite this one's
+#endif
     }
     if constexpr (kCluster > 1) {
         if (!block.ex.joined) ptx::cluster_wait();

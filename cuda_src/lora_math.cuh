@@ -115,6 +115,9 @@ CUPY_LORA_DEVICE void shrink_step(float (&sum)[kGroups][4], uint4 a_low, uint4 a
 #pragma unroll
     for (int m = 0; m < kGroups; ++m) {
         ptx::mma_m16n8k16(sum[m], first.word[0], first.word[1], first.word[2], first.word[3], x[m].x, x[m].y, T{});
+    }
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
         ptx::mma_m16n8k16(sum[m], second.word[0], second.word[1], second.word[2], second.word[3], x[m].z, x[m].w, T{});
     }
 }

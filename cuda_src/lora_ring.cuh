@@ -11,7 +11,7 @@
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
 //   B, y  RingSlot of lora_slots.cuh
-// Shared memory of the block: 128 for four mbarriers | received of the direct form | shares and v
+// Shared memory of the block: 128 for four mbarriers | 256 for the table of rows | received of the direct form | shares and v
 // (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and v.
 // `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
@@ -72,19 +72,36 @@ CUPY_LORA_DEVICE float4 ring_part(const float* parts, int token, int rank) {
     });
 }
 
-// The rows of a tile, as Tile of lora_config.cuh has them, from the list itself.
+// The rows of a tile, as Tile of lora_config.cuh has them, in a table of shared memory: a row that is not written
+// stands there as its complement, and is one that is safe to read.
 struct RingTile {
     int rows;
-    const i32* list;
-    i32 tokens;
+    const i32* table;
 
-    CUPY_LORA_DEVICE i64 row(int i) const {
-        const int listed = list[i], safe = list[0];  // both at once: no load waits for `rows`
-        const int chosen = i < rows ? listed : safe;
-        return chosen < tokens ? chosen : 0;
+    CUPY_LORA_DEVICE i64 row(int i) const { return table[i] < 0 ? ~table[i] : table[i]; }
+    CUPY_LORA_DEVICE bool writes(int i) const { return table[i] >= 0; }
+
+    // `count` rows from `first` on, for the direct form.
+    CUPY_LORA_DEVICE Tile eight(int first, int count) const {
+        const int i = threadIdx.x % 8, own = first + i;
+        const u32 written = __ballot_sync(0xffffffffu, i < count && writes(own)) & 0xffu;
+        return Tile{count, static_cast<int>(row(own)), written, 0};
     }
-    CUPY_LORA_DEVICE bool writes(int i) const { return i < rows && list[i] < tokens; }
 };
+
+constexpr int kTableBytes = 256;
+CUPY_LORA_DEVICE i32* table_of(unsigned char* shared) { return reinterpret_cast<i32*>(shared + 128); }
+
+// Fills the table from the list's entries, `listed` being that of this thread (thread % kTileRows) and `safe` the
+// first one. Rows from `tokens` on are not the caller's: a graph may be replayed with another batch.
+CUPY_LORA_DEVICE void fill_table(i32* table, int listed, int safe, int rows, i32 tokens) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < kTileRows) {
+        const int chosen = i < rows ? listed : safe;
+        const bool there = chosen < tokens;
+        table[i] = there && i < rows ? chosen : ~(there ? chosen : 0);
+    }
+}
 
 constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
     int widest = 16;

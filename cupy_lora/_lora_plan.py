@@ -70,7 +70,7 @@ def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: i
     for rank in ring:
         slot, parts = ring_slot_bytes(config.rows, rank, in_features)
         local = max(local, parts + config.stages * slot)
-    return 128 + remote + local
+    return 128 + 256 + remote + local
 
 
 def _vectors(array: Array, columns: int) -> int:
