@@ -218,9 +218,18 @@ class LayerSet:
     batch: Any
 
 
-def build_set(layer: Layer, rig: Rig, indices: Any) -> LayerSet:
+def build_batch(layer: Layer, rig: Rig) -> Any:
+    """The schedule: one for all sets, as one serves all layers of a step; the peers' is shared alike."""
+    from cupy_lora import LoraBatch
+
+    batch = LoraBatch(layer.tokens, max_adapters=num_slots(layer), **device_of(rig))
+    batch.update(rig.array(slots_of(layer)))
+    return batch
+
+
+def build_set(layer: Layer, rig: Rig, batch: Any) -> LayerSet:
     """Random data for one set, loaded into the library."""
-    from cupy_lora import LoraBatch, LoraWeights
+    from cupy_lora import LoraWeights
 
     dtype = BFLOAT16 if layer.dtype == "bfloat16" else np.dtype(layer.dtype)
     slots = num_slots(layer)
@@ -233,8 +242,6 @@ def build_set(layer: Layer, rig: Rig, indices: Any) -> LayerSet:
         b.append([rig.random((width, rank), dtype, rank**-0.5) for width in layer.out_features])
         single = len(layer.out_features) == 1
         weights.load(slot, a[-1][0] if single else a[-1], b[-1][0] if single else b[-1], scale=scale_of(slot))
-    batch = LoraBatch(layer.tokens, max_adapters=slots, **device_of(rig))
-    batch.update(indices)
     x = rig.random((layer.tokens, layer.in_features), dtype)
     y = rig.random((layer.tokens, layer.out_total), dtype)
     return LayerSet(x, y, a, b, weights, batch)
@@ -260,8 +267,8 @@ def layer_calls(sets: list[LayerSet], config: Any = None) -> list[Any]:
 def build(case: Case, rig: Rig, sets: int) -> Work:
     """The library's own call over ``sets`` rotating sets."""
     layer: Layer = case.params
-    indices = rig.array(slots_of(layer))
-    data = [build_set(layer, rig, indices) for _ in range(sets)]
+    batch = build_batch(layer, rig)
+    data = [build_set(layer, rig, batch) for _ in range(sets)]
     calls = layer_calls(data)
     return Work(calls, lambda: check_layer(layer, rig, data[0], calls[0]), data=data)
 

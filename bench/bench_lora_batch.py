@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from . import bench_lora, targets
-from .bench_lora import Layer, build_set, check_layer, device_of, layer_calls, num_slots, slots_of
+from .bench_lora import Layer, build_batch, build_set, check_layer, device_of, layer_calls, num_slots, slots_of
 from .harness import Rig
 from .model import Case, Work
 
@@ -50,5 +50,5 @@ def build(case: Case, rig: Rig, sets: int) -> Work:
 def check_batch(layer: Layer, rig: Rig) -> float:
     """A narrow layer over the schedule: every row must get its own adapter."""
     small = dataclasses.replace(layer, in_features=64, out_features=(64,))
-    data = build_set(small, rig, rig.array(slots_of(layer)))
+    data = build_set(small, rig, build_batch(layer, rig))
     return check_layer(small, rig, data, layer_calls([data])[0])

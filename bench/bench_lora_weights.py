@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from . import bench_lora
-from .bench_lora import Layer, build_set, check_layer, layer_calls, scale_of, slots_of
+from .bench_lora import Layer, build_batch, build_set, check_layer, layer_calls, scale_of, slots_of
 from .harness import Rig
 from .model import Case, Work
 
@@ -34,7 +34,7 @@ def sets_for(case: Case, rig: Rig) -> int:
 
 def build(case: Case, rig: Rig, sets: int) -> Work:
     layer: Layer = case.params
-    adapters = [build_set(layer, rig, rig.array(slots_of(layer))) for _ in range(sets)]
+    adapters = [build_set(layer, rig, build_batch(layer, rig)) for _ in range(sets)]
     home = adapters[0]
     calls = []
     for other in adapters:

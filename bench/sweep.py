@@ -187,7 +187,7 @@ def _compile(cases: list[Case], specs: list[Spec | None], rig: Any, options: Any
         if not mine:
             continue
         rig.reseed()
-        data = bench_lora.build_set(case.params, rig, rig.array(bench_lora.slots_of(case.params)))
+        data = bench_lora.build_set(case.params, rig, bench_lora.build_batch(case.params, rig))
         for spec in mine:
             try:
                 with watchdog(options.case_timeout, case.name):

@@ -22,7 +22,7 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     const float scale = w.scale * layer.scale;
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
-        typename ExpandAhead<kRank>::Type expand;
+        ExpandStaged<kRank> expand;
         shrink_leaves<kWidth / 16, kShrinkBudget>(
             ex, x_row, w.a, kRank, [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); },
             first_x);

@@ -96,7 +96,6 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
             }
             if (batch == 0) {
                 then();
-                __syncwarp();  // keeps the zero, and with it all products, behind what was just requested
                 zero = *zero_at;
             }
 #pragma unroll

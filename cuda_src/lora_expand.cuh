@@ -1,7 +1,6 @@
 // The expand of the direct form: the columns of one slice of y, dealt to blocks and warps in units of 16 * kPairs;
 // a lane holds 2 * kPairs neighbouring columns of tokens 2t and 2t + 1.
-//   ExpandLoaded   STAGES = 0, few columns a warp: B and y in registers, requested before the shrink's products
-//   ExpandStaged   B and y staged by each warp for itself in STAGES slots of shared memory
+//   ExpandStaged   B and y staged by each warp for itself in STAGES slots of shared memory, ahead of v
 //   expand_any     any rank, width and alignment: loops over global memory, after v is there
 #pragma once
 
@@ -89,50 +88,6 @@ template <int kRank>
 constexpr bool kStaged =
     slot_rank(kRank) && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed && sizeof(Out) == 2;
 
-// This warp's columns of a slice in registers, all units requested at once by loads that the assembler keeps where
-// they stand: one trip to memory beside the shrink's, and nothing to copy. For few columns and light ranks.
-template <int kRank>
-struct ExpandLoaded {
-    static constexpr int kRun = rank_run(kRank);
-    using E = Expand<kRun, kRun>;
-    E e;
-    typename E::Y y_in[E::kMine][2];
-    u32 b_in[E::kMine][E::kRows][2][kRun / 2];
-
-    CUPY_LORA_DEVICE void request(unsigned char*, const Tile& tile, Out* y, u64 y_stride, const Half* b, int columns) {
-        e = expand_start<E>(tile, y, y_stride, b, kRank, columns);
-#pragma unroll
-        for (int unit = 0; unit < E::kMine; ++unit) {
-            if (e.valid(unit) <= 0) continue;
-#pragma unroll
-            for (int i = 0; i < 2 * E::kRows; ++i) {
-                u32(&words)[kRun / 2] = b_in[unit][i / 2][i % 2];
-                load_now(words, e.b + (unit * E::kDeal * E::kUnit + i) * kRank);
-            }
-            if constexpr (kAddToY) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) load_now(y_in[unit][h].words, e.y[h] + unit * E::kDeal * E::kUnit);
-            }
-        }
-    }
-
-    template <class VQuad>
-    CUPY_LORA_DEVICE void finish(const VQuad& v_quad) {
-        SplitV<Half> v[kRun > 4 ? 2 : 1];
-        split_v<kRun>(v, 0, v_quad);
-#pragma unroll
-        for (int unit = 0; unit < E::kMine; ++unit) {
-            if (e.valid(unit) <= 0) break;
-            float sum[E::kRows][4];
-            E::start(sum, y_in[unit]);
-            expand_group<kRun>(sum, b_in[unit], v);
-            e.store(sum, unit);
-        }
-    }
-};
-
-constexpr int kStages = STAGES > 0 ? STAGES : 1;  // of a rank that is too wide for registers
-
 // This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
 // `request` asks for the first of them, which does not take v; `finish` multiplies.
 template <int kRank>
@@ -143,7 +98,7 @@ struct ExpandStaged {
                          kUnit = 16 * kPairs;
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
     static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
-    static constexpr int kAhead = kMine < kStages ? kMine : kStages;
+    static constexpr int kAhead = kMine < STAGES ? kMine : STAGES;
     using S = Slot<kRank, kPairs, kUnit, 8>;
     static_assert(S::kBytes <= kStageBytes, "the slots are laid out for the widest rank");
 
@@ -183,7 +138,7 @@ struct ExpandStaged {
     CUPY_LORA_DEVICE void request(unsigned char* stages, const Tile& tile, Out* y, u64 y_stride, const Half* b,
                                   int columns) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-        slots = stages + warp * kStages * kStageBytes;
+        slots = stages + warp * STAGES * kStageBytes;
         rows = tile.rows;
         width = width_of(columns);
         first = (static_cast<int>(blockIdx.x % kCluster) * kWarps + warp) * kUnit;
@@ -207,7 +162,7 @@ struct ExpandStaged {
         typename S::V v;
         S::split(v, v_quad);
         const typename S::Place place = S::place(g * 2 * kPairs, 0);
-#pragma unroll 1
+#pragma unroll (kMine <= 4 ? kMine : 1)
         for (int unit = 0; unit < kMine; ++unit) {
             if (!kWhole && first + unit * kDeal * kUnit >= width) break;
             ptx::copy_async_wait<kAhead - 1>();
@@ -224,16 +179,6 @@ struct ExpandStaged {
             request_unit(unit + kAhead);
         }
     }
-};
-
-// The one of the two that requests B and y ahead of v.
-template <int kRank, bool kLoaded = STAGES == 0 && kRank <= 32>
-struct ExpandAhead {
-    using Type = ExpandStaged<kRank>;
-};
-template <int kRank>
-struct ExpandAhead<kRank, true> {
-    using Type = ExpandLoaded<kRank>;
 };
 
 // Every unit of this warp, for a rank known at run time only. The run is too: its missing ranks are zeros,

@@ -282,20 +282,6 @@ CUPY_LORA_DEVICE void load_run(u32 (&words)[kRun / 2], const T* p, int valid, i6
     }
 }
 
-// 4, 8 or 16 bytes, by a load that stays where it stands in the program.
-template <int kWords>
-CUPY_LORA_DEVICE void load_now(u32 (&words)[kWords], const void* p) {
-    if constexpr (kWords == 4) {
-        const uint4 w = ptx::load_now_16(p);
-        words[0] = w.x, words[1] = w.y, words[2] = w.z, words[3] = w.w;
-    } else if constexpr (kWords == 2) {
-        const uint2 w = ptx::load_now_8(p);
-        words[0] = w.x, words[1] = w.y;
-    } else {
-        words[0] = ptx::load_now_4(p);
-    }
-}
-
 // 8 columns of a row of x or A.
 template <bool kVectors, class T>
 CUPY_LORA_DEVICE uint4 load_columns(const T* p, int valid, i64 stride = 1) {

@@ -177,40 +177,6 @@ CUPY_LORA_DEVICE uint2 load_once_8(const void* p) {
 #endif
 }
 
-// Loads that the assembler does not move past the volatile accesses around them, as it does with plain ones.
-CUPY_LORA_DEVICE uint4 load_now_16(const void* p) {
-#ifndef CUPY_LORA_SIMT
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-#else
-    return *static_cast<const uint4*>(p);
-#endif
-}
-
-CUPY_LORA_DEVICE uint2 load_now_8(const void* p) {
-#ifndef CUPY_LORA_SIMT
-    uint2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
-    return v;
-#else
-    return *static_cast<const uint2*>(p);
-#endif
-}
-
-CUPY_LORA_DEVICE u32 load_now_4(const void* p) {
-#ifndef CUPY_LORA_SIMT
-    u32 v;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-#else
-    return *static_cast<const u32*>(p);
-#endif
-}
-
 // 16 bytes that another block of this launch wrote before its fence: from L2, past this multiprocessor's L1.
 CUPY_LORA_DEVICE float4 load_fresh_16(const float* p) {
 #ifndef CUPY_LORA_SIMT

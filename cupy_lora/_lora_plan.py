@@ -51,16 +51,13 @@ def _exchange_bytes(config: LoraConfig, chunk: int) -> tuple[int, int]:
     return received, config.warps * 8 * (chunk + 4) * 4 + 8 * chunk * 4
 
 
-_LOADED_RANK: Final = 32  # up to here a config of no stages keeps B in registers: ExpandAhead of lora_expand.cuh
-
 _V_BYTES: Final = 8 * (_MAX_RANK_SHARED + 4) * 4
 
 
 def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], *, holds_v: bool) -> int:
     """Dynamic shared memory of the direct form: the map in lora_direct.cuh."""
     received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
-    wide = any(staged_rank(rank) and rank > _LOADED_RANK for rank in ranks)
-    slots = config.warps * (config.stages or int(wide)) * stage_bytes(ranks)
+    slots = config.warps * config.stages * stage_bytes(ranks)
     return 128 + received + own + max(slots, _V_BYTES if holds_v else 0)
 
 
@@ -92,7 +89,7 @@ def _defines(config: LoraConfig, **values: int | str) -> Defines:
         "CLUSTER": config.cluster,
         "WARPS": config.warps,
         "TILE_ROWS": config.rows,
-        "STAGES": config.stages,
+        "STAGES": max(1, config.stages),
         "MIN_BLOCKS": config.min_blocks,
         **values,
     }

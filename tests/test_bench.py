@@ -252,7 +252,7 @@ def test_the_benchmarks_own_kernels_compile():
 
 def _broken(layer: Layer, spoil):
     rig = DryRig()
-    data = bench_lora.build_set(layer, rig, bench_lora.slots_of(layer))
+    data = bench_lora.build_set(layer, rig, bench_lora.build_batch(layer, rig))
     call = bench_lora.layer_calls([data])[0]
 
     def spoiled():

@@ -22,6 +22,8 @@ FORMS = {
     "ring": LoraConfig("ring", 16, 2, 8, 4),
     "ring-one-block": LoraConfig("ring", 16, 1, 8, 3),
     "ring-32-rows": LoraConfig("ring", 32, 2, 8, 3),
+    "ring-64-rows": LoraConfig("ring", 64, 1, 8, 3),
+    "ring-in-pairs": LoraConfig("ring", 32, 1, 8, 6),
 }
 
 
