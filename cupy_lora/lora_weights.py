@@ -10,7 +10,19 @@ from typing import Any, Final
 import numpy as np
 
 from . import _arrays, _device, _env, _jit
-from ._arrays import CPU, FLOATS, HALVES, INT64, Array, check_contiguous, check_shape, same_device, stream_for, view
+from ._arrays import (
+    CPU,
+    FLOATS,
+    HALVES,
+    INT64,
+    Array,
+    check_contiguous,
+    check_shape,
+    same_device,
+    stream_for,
+    stream_of,
+    view,
+)
 from ._lora_checks import MAX_RANK, integer, on_device, real
 
 # One slice of one slot, as the kernels read it; rank 0 means no adapter.
@@ -217,10 +229,10 @@ class LoraWeights:
         slot = integer("slot", slot, 0, self.max_adapters - 1)
         self._update(slot, (None,) * self.num_slices, None, self._stream())
 
-    def used_on(self, stream: Any) -> None:
-        """Note that work which reads the adapters was queued on this stream."""
-        if stream is not None:
-            self._streams[stream.ptr] = stream
+    def used_on(self, handle: int | None, on_torch: bool) -> None:
+        """Note that work which reads the adapters was queued on the caller's current stream, of this handle."""
+        if handle is not None and handle not in self._streams:
+            self._streams[handle] = stream_of(self.device, on_torch)
 
     # ------------------------------------------------------------------ arguments
 

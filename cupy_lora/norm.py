@@ -20,11 +20,11 @@ from ._arrays import (
     check_shape,
     empty,
     same_device,
-    stream_for,
     view,
+    views,
 )
 from ._lora_checks import real
-from ._plans import Kept, Plans
+from ._plans import Plans
 
 _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "float"}
 _STRIDES = np.dtype([("outer", np.int64), ("inner", np.int64)])
@@ -92,25 +92,32 @@ def rms_norm(input: Any, weight: Any, epsilon: float = 1e-6, out: Any = None) ->
         If shapes do not match, the last axis is not contiguous, ``out`` overlaps the input
         without being it, epsilon is out of range, or the arrays are on different devices.
     """
-    x, w = view("input", input), view("weight", weight)
+    kept, key, pointers, objs, on_torch = _plans.find(_NAMES, (input, None, weight, out), epsilon, out is input)
+    if kept is not None:
+        if out is None:
+            like = view("input", objs[0])
+            out = empty(like.shape, like.dtype, like.device)
+            new = view("out", out)
+            pointers[3], objs = new.ptr, (*objs[:3], new)
+        kept.run(pointers, objs, on_torch)
+        return out
+    x, w = view("input", objs[0]), view("weight", objs[2])
     epsilon = real("epsilon", epsilon)
+    _check("input", x, w, epsilon)
+    same_device(input=x, weight=w)
+    apart: tuple[tuple[int, int], ...] = ()
     if out is None:
-        _check("input", x, w, epsilon)
-        same_device(input=x, weight=w)
         out = empty(x.shape, x.dtype, x.device)
-    o = view("out", out)
-    arrays = (x, None, w, o)
-    key = _plans.key(arrays, epsilon)
-    kept = _plans.find(key, arrays)
-    if kept is None:
-        _check("input", x, w, epsilon)
+        o = view("out", out)
+    else:
+        apart = ((3, 2),) if out is input else ((3, 0), (3, 2))
+        o = view("out", objs[3])
         _check_like("out", o, "input", x)
         same_device(input=x, weight=w, out=o)
         _check_writable("out", o)
-    reach = None if kept is None else kept.reach
-    _check_apart("out", o, "input", x, reach, same_allowed=True)
-    _check_apart("out", o, "weight", w, reach)
-    _run(kept, key, arrays, epsilon, stream_for(x.device, input, weight, out))
+        _check_apart("out", o, "input", x, same_allowed=True)
+        _check_apart("out", o, "weight", w)
+    _run(key, (x, None, w, o), epsilon, on_torch, apart)
     return out
 
 
@@ -141,54 +148,47 @@ def fused_add_rms_norm(input: Any, residual: Any, weight: Any, epsilon: float = 
     TypeError, ValueError
         As :func:`rms_norm`.
     """
-    x, r, w = view("input", input), view("residual", residual), view("weight", weight)
+    kept, key, pointers, objs, on_torch = _plans.find(_NAMES, (input, residual, weight, input), epsilon)
+    if kept is not None:
+        kept.run(pointers, objs, on_torch)
+        return input, residual
+    x, r, w = views(_NAMES[:3], objs[:3])
     epsilon = real("epsilon", epsilon)
-    arrays = (x, r, w, x)
-    key = _plans.key(arrays, epsilon)
-    kept = _plans.find(key, arrays)
-    if kept is None:
-        _check("input", x, w, epsilon)
-        _check_like("residual", r, "input", x)
-        same_device(input=x, residual=r, weight=w)
-        _check_writable("input", x)
-        _check_writable("residual", r)
-    reach = None if kept is None else kept.reach
-    _check_apart("residual", r, "input", x, reach)
-    _check_apart("input", x, "weight", w, reach)
-    _check_apart("residual", r, "weight", w, reach)
-    _run(kept, key, arrays, epsilon, stream_for(x.device, input, residual, weight))
+    _check("input", x, w, epsilon)
+    _check_like("residual", r, "input", x)
+    same_device(input=x, residual=r, weight=w)
+    _check_writable("input", x)
+    _check_writable("residual", r)
+    _check_apart("residual", r, "input", x)
+    _check_apart("input", x, "weight", w)
+    _check_apart("residual", r, "weight", w)
+    _run(key, (x, r, w, x), epsilon, on_torch, ((1, 0), (0, 2), (1, 2)))
     return input, residual
 
 
+_NAMES = ("input", "residual", "weight", "out")
 _plans = Plans()
 
 
 def _run(
-    kept: Kept | None,
     key: Hashable,
     arrays: tuple[Array, Array | None, Array, Array],
     epsilon: float,
-    stream: Any,
+    on_torch: bool,
+    apart: tuple[tuple[int, int], ...],
 ) -> None:
     x, r, w, o = arrays
-    device = x.device
-    if kept is not None:
-        launch = kept.launch(arrays)
-    else:
-        if device == CPU and not _jit.has_host_runner():
-            from .reference import norm
+    if x.device == CPU and not _jit.has_host_runner():
+        from .reference import norm
 
-            if r is None:
-                norm.rms_norm(x.numpy(), w.numpy(), epsilon, o.numpy())
-            else:
-                norm.fused_add_rms_norm(x.numpy(), r.numpy(), w.numpy(), epsilon)
-            return
-        planned = plan_rms_norm(x, r, w, o, epsilon, _jit.device_facts(device))
-        if planned is None:
-            return
-        launch = planned
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, device, stream)
+        if r is None:
+            norm.rms_norm(x.numpy(), w.numpy(), epsilon, o.numpy())
+        else:
+            norm.fused_add_rms_norm(x.numpy(), r.numpy(), w.numpy(), epsilon)
+        return
+    launch = plan_rms_norm(x, r, w, o, epsilon, _jit.device_facts(x.device))
+    if launch is not None:
+        _plans.run(key, launch, arrays, on_torch, apart)
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -236,15 +236,8 @@ def _check_writable(name: str, array: Array) -> None:
         reach += stride * (extent - 1)
 
 
-def _check_apart(
-    name: str, out: Array, other_name: str, other: Array, reach: int | None, *, same_allowed: bool = False
-) -> None:
-    """ValueError if the output's elements overlap another array's (interleaved column slices do not).
-
-    ``reach``: how many bytes apart they certainly do not, where that is known.
-    """
-    if reach is not None and abs(out.ptr - other.ptr) >= reach:
-        return
+def _check_apart(name: str, out: Array, other_name: str, other: Array, *, same_allowed: bool = False) -> None:
+    """ValueError if the output's elements overlap another array's (interleaved column slices do not)."""
     if same_allowed and out.ptr == other.ptr and out.strides == other.strides:
         return
     low, high = out.span

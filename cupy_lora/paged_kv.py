@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from ._arrays import (
     check_dtype,
     check_shape,
     same_device,
-    stream_for,
     view,
+    views,
 )
 from ._lora_checks import host_copy, integer
 from ._plans import Plans
@@ -137,28 +138,24 @@ def _write(
     rope_theta: float,
     rope_scale: float,
 ) -> None:
-    ptrs, pages = view("kv_ptrs", kv_ptrs), view("kv_indptr", kv_indptr)
-    last, ka, va = view("last_page_offset", last_page_offset), view("k", k), view("v", v)
-    arrays = (ptrs, pages, last, ka, va, indptr)
-    key = _plans.key(arrays, num_layers, layer_idx, num_kv_heads, page_size, rope, rope_theta, rope_scale)
-    kept = _plans.find(key, arrays)
+    given = kv_ptrs, kv_indptr, last_page_offset, k, v, indptr
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    kept, key, pointers, objs, on_torch = _plans.find(_NAMES, given, *sizes, rope, rope_theta, rope_scale)
     if kept is not None:
-        launch = kept.launch(arrays)
-    else:
-        planned = _checked(arrays, num_layers, layer_idx, num_kv_heads, page_size, rope, rope_theta, rope_scale)
-        if planned is None:
-            return
-        launch = planned
-        _plans.keep(key, launch, arrays)
-    device = ptrs.device
-    _jit.run(launch, device, stream_for(device, k, v, kv_ptrs))
+        kept.run(pointers, objs, on_torch)
+        return
+    arrays = (*views(_NAMES[:5], objs[:5]), indptr)
+    launch = _checked(arrays, *sizes, rope, rope_theta, rope_scale)
+    if launch is not None:
+        _plans.run(key, launch, arrays, on_torch)
 
 
+_NAMES = ("kv_ptrs", "kv_indptr", "last_page_offset", "k", "v", "seqlen_indptr")
 _plans = Plans()
 
 
 def _checked(
-    arrays: tuple[Array, Array, Array, Array, Array, Array | None],
+    arrays: Sequence[Any],
     num_layers: int,
     layer_idx: int,
     num_kv_heads: int,
