@@ -38,7 +38,8 @@ DEBUG = Switch(
 DISABLE_SGMV = Switch("DISABLE_SGMV", "has_sgmv() is False: a loop of matrix products serves every LoRA call")
 REQUIRE_GPU = Switch("CUPY_LORA_REQUIRE_GPU", "in the tests: fail instead of skipping where there is no usable GPU")
 LORAX_CHECKOUT = Switch(
-    "CUPY_LORA_LORAX_CHECKOUT", "in the tests: the path of a LoRAX checkout, whose own code is then run as an oracle"
+    "CUPY_LORA_LORAX_CHECKOUT",
+    "the path of a LoRAX checkout: its own code is then an oracle of the tests and a peer in bench",
 )
 
 SWITCHES = (DEBUG, DISABLE_SGMV, REQUIRE_GPU, LORAX_CHECKOUT)
