@@ -128,6 +128,8 @@ def _small(stem: str, engine: str, case: Case) -> Case | None:
             params = Norm(1, 4096, case.params.add)
         elif stem == "bench_paged_kv":
             params = dataclasses.replace(case.params, batch=1, chunk=1, context=1)
+        elif engine.endswith("FA3") and not _fa3_can(case.params):
+            return None
         elif stem == "bench_attention":
             wide = case.params.group >= TENSOR_CORE_GROUP
             # Decode on tensor cores runs the kernels of prefill.
@@ -320,11 +322,16 @@ def _flashinfer_append(case: Case, rig: Any, work: Work) -> Work | None:
 TENSOR_CORE_GROUP = 4  # query heads per KV head from which FlashInfer advises its tensor-core decode
 
 
+def _fa3_can(attention: Attention) -> bool:
+    """It does not rotate; for decode FlashInfer chooses FA2 itself."""
+    return bool(attention.new) and not attention.rope
+
+
 def _flashinfer(backend: str, case: Case, rig: Any, work: Work) -> Work | None:
     """FlashInfer's paged wrappers, one planned for each set: the plan waits for the device and is made outside."""
     attention: Attention = case.params
     tensor_cores = attention.group >= TENSOR_CORE_GROUP
-    if backend == "fa3" and (attention.rope or not (attention.new or tensor_cores)):
+    if backend == "fa3" and not _fa3_can(attention):
         return None
     torch = rig.use_torch()
     import flashinfer
