@@ -145,6 +145,11 @@ def _kind(obj: Any) -> int:
     return kind
 
 
+def is_torch(obj: Any) -> bool:
+    """Whether it is a torch tensor, so that torch's stream is the caller's."""
+    return _kind(obj) == _TORCH
+
+
 def view(name: str, obj: Any) -> Array:
     """The caller's array as an :class:`Array`, without a copy.
 
@@ -213,7 +218,7 @@ def read(names: Sequence[str], objs: Sequence[Any]) -> tuple[list[Any], list[int
             layout.append((array.shape, array.strides, array.dtype, array.device, pointer & 15))
             if kind != _VIEW:
                 objs = [*objs[:at], array, *objs[at + 1 :]]
-            on_torch = on_torch or _kind(array.obj) == _TORCH
+            on_torch = on_torch or is_torch(array.obj)
         pointers.append(pointer)
     return layout, pointers, objs, on_torch
 
@@ -330,7 +335,7 @@ def stream_for(device: int, *objs: Any) -> Any:
     """The caller's stream: torch's current one where a torch tensor was passed, else CuPy's; None on the host."""
     if device == CPU:
         return None
-    if any(_kind(obj) == _TORCH for obj in objs):
+    if any(is_torch(obj) for obj in objs):
         return _torch_stream(device)
     return _jit._cupy().cuda.get_current_stream(device)
 
@@ -382,5 +387,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
     if device == CPU:
         return np.empty(shape, dtype)
     cupy = _jit._cupy()
+    if cupy.cuda.runtime.getDevice() == device:  # a third of what the context of a Device costs
+        return cupy.ndarray(shape, dtype)
     with cupy.cuda.Device(device):
-        return cupy.empty(shape, dtype)
+        return cupy.ndarray(shape, dtype)

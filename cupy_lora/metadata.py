@@ -201,7 +201,7 @@ def prepare_decode_step(
     kept, key, pointers, objs, on_torch = plans.find(_STEP, given, "decode_step", max_current_length)
     if kept is not None:
         if batch is not None:
-            batch.begin_update(view("adapter_indices", objs[9]))
+            batch.begin_update(view("adapter_indices", objs[9]), plan=False)
         kept.run(pointers, objs, on_torch)
     else:
         table, new, cached, ragged, slots, positions, indices = views(_STEP[:7], objs[:7])
