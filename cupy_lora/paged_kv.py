@@ -262,6 +262,12 @@ def _debug_tables(ptrs: Array, pages: Array, last: Array, indptr: Array | None, 
 _CTYPES = {FLOATS[0]: "f16", FLOATS[1]: "bf16", FLOATS[2]: "float"}
 
 
+def choose_writers(vecs: int) -> tuple[int, int, int]:
+    """Warps a token, 16-byte vectors a thread in flight, and threads a block, for ``vecs`` vectors a token; pure."""
+    warps = min(8, 1 << (-(-vecs // 128) - 1).bit_length())
+    return warps, min(4, -(-vecs // (32 * warps))), max(128, 32 * warps)
+
+
 @functools.cache
 def write_kv_kernel(
     symbol: str, num_kv_heads: int, page_size: int, row_bytes: int, access: int, element: str = ""
@@ -272,9 +278,7 @@ def write_kv_kernel(
     loads that the alignment of k and v allows, ``element`` the type of elements that are rotated (none: nothing
     is). Four vectors a thread, up to eight warps a token.
     """
-    vecs = 2 * num_kv_heads * row_bytes // 16
-    warps = min(8, 1 << (-(-vecs // 128) - 1).bit_length())
-    batch = min(4, -(-vecs // (32 * warps)))
+    warps, batch, block = choose_writers(2 * num_kv_heads * row_bytes // 16)
     defines: tuple[tuple[str, int | str], ...] = (
         ("HEADS", num_kv_heads),
         ("PAGE", page_size),
@@ -282,11 +286,11 @@ def write_kv_kernel(
         ("ACCESS", access),
         ("WARPS_PER_TOKEN", warps),
         ("BATCH", batch + batch % 2 if element else batch),  # pairs of vectors
-        ("BLOCK", max(128, 32 * warps)),
+        ("BLOCK", block),
         ("ROPE", int(bool(element))),
         *((("ELEMENT", element),) if element else ()),
     )
-    return _jit.Kernel("paged_kv", symbol, defines, max(128, 32 * warps))
+    return _jit.Kernel("paged_kv", symbol, defines, block)
 
 
 def plan_write_kv(
