@@ -40,6 +40,7 @@ _EXPORTS = {
     "slots_filtering": "metadata",
     "load_peft": "peft",
     "PeftAdapter": "peft",
+    "warmup": "_warmup",
 }
 _MODULES = ("dispatch", "punica_kernels", "reference")
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _paths
+from . import _cubins, _paths
 
 if TYPE_CHECKING:
     from ._arrays import Array
 
 OLDEST_ARCH = 80
 _PORTABLE_CLUSTER = 8  # larger clusters need an opt-in attribute on the function
+_ATTR_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ATTR_NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 _DEFAULT_SHARED = 48 * 1024  # dynamic shared memory above this is an opt-in of the function
 
@@ -70,7 +71,7 @@ class Launch:
 def compile_options(arch: int, defines: tuple[tuple[str, int | str], ...]) -> tuple[str, ...]:
     """NVRTC options for compute capability ``arch`` (90 = 9.0); the architecture itself excepted.
 
-    CuPy adds ``-ftz=true`` and the architecture; a compile without CuPy must add both.
+    ``_cubins.options`` adds ``-ftz=true``, as CuPy would, and the architecture.
     """
     del arch  # one set of options serves every architecture so far
     return (
@@ -81,12 +82,12 @@ def compile_options(arch: int, defines: tuple[tuple[str, int | str], ...]) -> tu
 
 
 def source_text(kernel: Kernel) -> str:
-    """The translation unit: the file, with the digest of all sources in it for the disk cache."""
-    return f'// {_paths.source_digest()}\n#include "{kernel.source}.cu"\n'
+    """The translation unit that holds a kernel."""
+    return _cubins.source_text(kernel.source)
 
 
 _host_runner: Callable[[Launch], None] | None = None
-_compile_lock = threading.Lock()
+_load_lock = threading.Lock()
 _modules: dict[tuple[int, str, tuple[tuple[str, int | str], ...]], Any] = {}
 
 
@@ -338,32 +339,26 @@ def device_facts(device: int) -> DeviceFacts:
 
 
 def _function(kernel: Kernel, device: int) -> Any:
+    """The kernel on a GPU, loaded at its first use there."""
     cupy = _cupy()
     arch = device_arch(device)
-    with _compile_lock, cupy.cuda.Device(device):
+    key = (device, kernel.source, kernel.defines)
+    code = b"" if key in _modules else _cubins.cubin(kernel, arch)  # before the lock: threads may compile at once
+    with _load_lock, cupy.cuda.Device(device):
         if device in kernel.functions:
             return kernel.functions[device]
-        key = (device, kernel.source, kernel.defines)
         module = _modules.get(key)
         if module is None:
-            module = cupy.RawModule(
-                code=source_text(kernel), options=compile_options(arch, kernel.defines), backend="nvrtc"
-            )
-            try:
-                module.compile()
-            except cupy.cuda.compiler.CompileException as error:
-                raise RuntimeError(
-                    f"cupy_lora: {kernel.source}.cu did not compile for sm_{arch} with "
-                    f"{dict(kernel.defines)}; the compiler said:\n{error}"
-                ) from error
+            module = cupy.cuda.Module()
+            module.load(code)
             _modules[key] = module
-        raw = module.get_function(kernel.symbol)
-        if kernel.shared > max(_DEFAULT_SHARED, raw.max_dynamic_shared_size_bytes):
-            raw.max_dynamic_shared_size_bytes = kernel.shared
-        function = raw.kernel
+            _cubins.forget(kernel, arch)
+        function = module.get_function(kernel.symbol)
+        driver = cupy.cuda.driver
+        shared = max(_DEFAULT_SHARED, driver.funcGetAttribute(_ATTR_MAX_DYNAMIC_SHARED, function.ptr))
+        if kernel.shared > shared:
+            driver.funcSetAttribute(function.ptr, _ATTR_MAX_DYNAMIC_SHARED, kernel.shared)
         if kernel.cluster > _PORTABLE_CLUSTER:
-            from cupy_backends.cuda.api import driver
-
             driver.funcSetAttribute(function.ptr, _ATTR_NON_PORTABLE_CLUSTER, 1)
         kernel.functions[device] = function
         return function

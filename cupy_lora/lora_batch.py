@@ -82,9 +82,10 @@ class LoraBatch:
         self._staging: Any = None
         self.step_plans = Plans()  # of prepare_decode_step
         if self.device != CPU:
-            self._allocate()
+            self.prepare()
 
-    def _allocate(self) -> None:
+    def prepare(self) -> None:
+        """Allocate the lists that the kernels read; of the host's memory only where kernels run (or are planned)."""
         from . import _lora_plan
 
         # The schedule counts every slot in shared memory: a launch that no GPU can make is refused here.
@@ -136,11 +137,11 @@ class LoraBatch:
             self._set_host(slots.numpy())
         if self._has_kernels():
             if slots.device != CPU:
-                self.tile_counts = None
+                self.expect(None)
                 self._plans.run(key, self._plan(slots, None), (slots,), on_torch)
             else:
                 on_torch = is_torch(given)
-                self.tile_counts = self._count(slots.numpy(), None)
+                self.expect(slots.numpy())
                 self._run(on_torch, *self._staged(on_torch, slots))
         elif self.device != CPU:
             self._set_by_loop(host_copy(slots))
@@ -170,7 +171,7 @@ class LoraBatch:
             self._set_host(slots.numpy())
         launch = None
         if self._has_kernels():
-            self.tile_counts = self._count(slots.numpy(), None) if self.device == CPU else None
+            self.expect(slots.numpy() if self.device == CPU else None)
             launch = self._plan(slots, None) if plan else None
         elif self.device != CPU:
             self._set_by_loop(host_copy(slots))
@@ -250,6 +251,10 @@ class LoraBatch:
             return bound
         return min(bound, self.tile_counts[self.heights.index(height)])
 
+    def expect(self, slots: np.ndarray | None) -> None:
+        """Note how many tiles these slots make, in host memory; None: the host does not know."""
+        self.tile_counts = None if slots is None else self._count(slots, None)
+
     def _count(self, slots: np.ndarray, lengths: np.ndarray | None) -> tuple[int, ...]:
         """Tiles of each height (rounded up), from slots in host memory."""
         known = (slots >= 0) & (slots < self.max_adapters)
@@ -278,7 +283,7 @@ class LoraBatch:
         if _env.DISABLE_SGMV.on or (self.device == CPU and not _jit.has_host_runner()):
             return False
         if self.counters is None:
-            self._allocate()
+            self.prepare()
         self.has_indices = self.device == CPU
         return True
 
