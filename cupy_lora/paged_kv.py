@@ -262,10 +262,14 @@ def _debug_tables(ptrs: Array, pages: Array, last: Array, indptr: Array | None, 
 _CTYPES = {FLOATS[0]: "f16", FLOATS[1]: "bf16", FLOATS[2]: "float"}
 
 
-def choose_writers(vecs: int) -> tuple[int, int, int]:
-    """Warps a token, 16-byte vectors a thread in flight, and threads a block, for ``vecs`` vectors a token; pure."""
-    warps = min(8, 1 << (-(-vecs // 128) - 1).bit_length())
-    return warps, min(4, -(-vecs // (32 * warps))), max(128, 32 * warps)
+def choose_writers(vecs: int, *, chunks: bool) -> tuple[int, int, int]:
+    """Warps a token, 16-byte vectors a thread in flight, and threads a block, for ``vecs`` vectors a token; pure.
+
+    Two vectors a thread and up to eight warps a token, then more vectors. A block that writes ``chunks`` has
+    neighbours of one sequence, which share its tables; single tokens do not, and spread over smaller blocks.
+    """
+    warps = min(8, 1 << (-(-vecs // 64) - 1).bit_length())
+    return warps, min(4, -(-vecs // (32 * warps))), max(256 if chunks else 128, 32 * warps)
 
 
 @functools.cache
@@ -276,9 +280,9 @@ def write_kv_kernel(
 
     ``row_bytes`` is head_dim times the size of an element, ``access`` the width in bytes of the
     loads that the alignment of k and v allows, ``element`` the type of elements that are rotated (none: nothing
-    is). Four vectors a thread, up to eight warps a token.
+    is).
     """
-    warps, batch, block = choose_writers(2 * num_kv_heads * row_bytes // 16)
+    warps, batch, block = choose_writers(2 * num_kv_heads * row_bytes // 16, chunks=symbol == "init_kv")
     defines: tuple[tuple[str, int | str], ...] = (
         ("HEADS", num_kv_heads),
         ("PAGE", page_size),
