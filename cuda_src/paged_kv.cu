@@ -21,6 +21,7 @@
 // Preconditions: k and v rows are (HEADS, DIM) contiguous, row strides and addresses multiples of
 // ACCESS bytes; no two sequences share a page.
 #include "rope.cuh"
+#include "vectors.cuh"
 
 constexpr int ROW_VECS = ROW_BYTES / 16;     // vectors of one head
 constexpr int VECS = HEADS * ROW_VECS;       // vectors of a token's keys
@@ -33,30 +34,6 @@ constexpr i64 HALF_BYTES = static_cast<i64>(HEADS) * PAGE * ROW_BYTES;  // a pag
 static_assert(ROW_BYTES % 16 == 0, "16-byte vectors");
 static_assert(!ROPE || (ROW_BYTES % 32 == 0 && BATCH % 2 == 0), "whole pairs of vectors");
 static_assert(BLOCK % LANES == 0, "whole tokens a block");
-
-union Vector {
-    uint4 quad;
-    uint2 pairs[2];
-    u32 words[4];
-    u16 halves[8];
-};
-
-CUPY_LORA_DEVICE Vector load_vector(const u8* p) {
-    Vector v;
-    if constexpr (ACCESS == 16) {
-        v.quad = *reinterpret_cast<const uint4*>(p);
-    } else if constexpr (ACCESS == 8) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) v.pairs[i] = reinterpret_cast<const uint2*>(p)[i];
-    } else if constexpr (ACCESS == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v.words[i] = reinterpret_cast<const u32*>(p)[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v.halves[i] = reinterpret_cast<const u16*>(p)[i];
-    }
-    return v;
-}
 
 // The entries of a sequence in the tables.
 struct Tables {
@@ -131,7 +108,7 @@ CUPY_LORA_DEVICE void move_token(const u8* k, const u8* v, int lane, Find find R
         for (int b = 0; b < BATCH; ++b) {
             const int e = vector_of(round, b, lane);
             if (2 * VECS % ROUND == 0 || e < 2 * VECS) {
-                held[b] = load_vector(e < VECS ? k + e * 16 : v + (e - VECS) * 16);
+                held[b] = load_16<ACCESS>(e < VECS ? k + e * 16 : v + (e - VECS) * 16);
             }
         }
         if (round == 0) to = find();

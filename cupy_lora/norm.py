@@ -30,11 +30,6 @@ _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "float"}
 _STRIDES = np.dtype([("outer", np.int64), ("inner", np.int64)])
 
 
-def _threads_per_sm(fused: bool) -> int:
-    """Threads of the resident blocks: what the registers of the common sizes allow."""
-    return 768 if fused else 1024
-
-
 @dataclass(frozen=True)
 class RmsNormConfig:
     """How the kernel cuts a row; depends on the columns and dtypes only, so a row's bits do not depend on the batch.
@@ -59,6 +54,31 @@ class RmsNormConfig:
     def rows(self) -> int:
         """Rows a block works on at a time."""
         return self.block // self.threads
+
+
+@dataclass(frozen=True)
+class RmsNormWalk:
+    """How blocks go over the rows; it depends on their number, and no bit of the result on it.
+
+    Attributes
+    ----------
+    resident : int
+        Blocks of a multiprocessor that run at once.
+    walk : bool
+        Whether a block takes more rows than it can work on at a time.
+    prefetch : bool
+        The next row is on its way to registers while one is reduced.
+    ahead : int
+        Rows that are on their way in shared memory instead.
+    keep : bool
+        The weights stay in registers.
+    """
+
+    resident: int
+    walk: bool
+    prefetch: bool
+    ahead: int
+    keep: bool
 
 
 def rms_norm(input: Any, weight: Any, epsilon: float = 1e-6, out: Any = None) -> Any:
@@ -285,6 +305,20 @@ def choose_rms_norm(columns: int, itemsize: int, arch: int, *, fused: bool = Fal
     return RmsNormConfig(threads, threads, in_registers, in_shared, per_thread - in_registers - in_shared)
 
 
+def choose_walk(config: RmsNormConfig, blocks: int, sm_count: int, *, fused: bool, whole: bool) -> RmsNormWalk:
+    """How ``blocks`` blocks' worth of rows are walked over; pure.
+
+    ``whole``: rows are whole 16-byte vectors, as many for each thread.
+    """
+    del whole
+    threads = 768 if fused else 1024  # what the registers of the common sizes allow
+    resident = max(1, threads // config.block)
+    if config.register_vecs > 2:
+        return RmsNormWalk(resident, True, False, 0, False)
+    del blocks, sm_count
+    return RmsNormWalk(resident, True, resident * config.block <= threads, 0, True)
+
+
 @functools.cache
 def rms_norm_kernel(
     dtype: np.dtype[Any],
@@ -295,6 +329,7 @@ def rms_norm_kernel(
     weight_access: int,
     levels: int,
     arch: int,
+    walk: RmsNormWalk,
 ) -> _jit.Kernel:
     """The specialisation for one width and dtype.
 
@@ -302,8 +337,6 @@ def rms_norm_kernel(
     alignment of the rows allows, ``levels`` (1 or 2) the number of strides that lead from row to row.
     """
     config = choose_rms_norm(columns, dtype.itemsize, arch, fused=fused)
-    few = config.register_vecs <= 2
-    blocks = max(1, _threads_per_sm(fused) // config.block) if few else 1
     defines: tuple[tuple[str, int | str], ...] = (
         ("ELEMENT", _ELEMENTS[dtype.name]),
         ("WEIGHT", _ELEMENTS[weight_dtype.name]),
@@ -316,12 +349,15 @@ def rms_norm_kernel(
         ("REREAD_VECS", config.reread_vecs),
         ("ACCESS", access),
         ("WEIGHT_ACCESS", weight_access),
-        ("KEEP", int(few)),
-        ("PREFETCH", int(few and blocks * config.block <= _threads_per_sm(fused))),
+        ("KEEP", int(walk.keep)),
+        ("PREFETCH", int(walk.prefetch)),
+        ("AHEAD", walk.ahead),
+        ("WALK", int(walk.walk)),
         ("LEVELS", levels),
-        ("MIN_BLOCKS", blocks),
+        ("MIN_BLOCKS", walk.resident if config.register_vecs <= 2 else 1),
     )
-    shared = 256 + 16 * config.threads * config.shared_vecs
+    ring = walk.ahead * config.register_vecs * config.block * (2 if fused else 1)
+    shared = 256 + 16 * (config.threads * config.shared_vecs + ring)
     return _jit.Kernel("norm", "rms_norm", defines, config.block, shared)
 
 
@@ -343,11 +379,13 @@ def plan_rms_norm(
         weight_access //= 2
     fused = residual is not None
     levels = len(extents)
-    kernel = rms_norm_kernel(x.dtype, weight.dtype, columns, fused, access, weight_access, levels, facts.arch)
     config = choose_rms_norm(columns, item, facts.arch, fused=fused)
     blocks = -(-rows // config.rows)
-    at_once = facts.sm_count * max(1, _threads_per_sm(fused) // config.block)
-    each = -(-blocks // at_once)  # every block walks over as many rows as the others, give or take one
+    whole = access == 16 and columns * item == 16 * config.register_vecs * config.threads
+    walk = choose_walk(config, blocks, facts.sm_count, fused=fused, whole=whole)
+    kernel = rms_norm_kernel(x.dtype, weight.dtype, columns, fused, access, weight_access, levels, facts.arch, walk)
+    # Every block walks over as many rows as the others, give or take one.
+    each = -(-blocks // (facts.sm_count * walk.resident)) if walk.walk else 1
     return _jit.Launch(
         kernel,
         (-(-blocks // each), 1, 1),
