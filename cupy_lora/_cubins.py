@@ -6,6 +6,8 @@ version: 20 ms a kernel even where it has the kernel. Here a kernel that is in t
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -231,6 +233,41 @@ def cubin(kernel: Kernel, arch: int) -> bytes:
             found.set_exception(error)
             raise
     return found.result()
+
+
+_waiting: collections.deque[tuple[Kernel, int]] = collections.deque()
+_started: set[Unit] = set()
+_threads = 0
+_MOST_THREADS: Final = min(8, os.cpu_count() or 1)
+
+
+def start(kernels: Sequence[Kernel], arch: int) -> None:
+    """Find or compile these beside what the caller does; :func:`cubin` waits for them. Errors are left to it."""
+    global _threads
+    for kernel in kernels:
+        unit = unit_of(kernel, arch)
+        with _lock:
+            if unit in _started:
+                continue
+            _started.add(unit)
+            _waiting.append((kernel, arch))
+            if _threads == _MOST_THREADS:
+                continue
+            _threads += 1
+        threading.Thread(target=_work, name="cupy_lora compile").start()
+
+
+def _work() -> None:
+    global _threads
+    while True:
+        with _lock:
+            # The interpreter waits for this thread at its end: what is not begun by then is not needed.
+            if not _waiting or not threading.main_thread().is_alive():
+                _threads -= 1
+                return
+            kernel, arch = _waiting.popleft()
+        with contextlib.suppress(Exception):
+            cubin(kernel, arch)
 
 
 def forget(kernel: Kernel, arch: int) -> None:

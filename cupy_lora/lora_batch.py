@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from . import _arrays, _device, _env, _jit
+from . import _ahead, _arrays, _device, _env, _jit
 from ._arrays import CPU, INT32, INT64, Array, is_torch, same_device, stream_of, view
 from ._lora_checks import debug_slots, host_copy, indices, integer
 from ._plans import Plans
@@ -83,6 +83,7 @@ class LoraBatch:
         self.step_plans = Plans()  # of prepare_decode_step
         if self.device != CPU:
             self.prepare()
+            _ahead.new_batch(self)
 
     def prepare(self) -> None:
         """Allocate the lists that the kernels read; of the host's memory only where kernels run (or are planned)."""
@@ -138,6 +139,7 @@ class LoraBatch:
         if self._has_kernels():
             if slots.device != CPU:
                 self.expect(None)
+                _ahead.new_size(self, count)
                 self._plans.run(key, self._plan(slots, None), (slots,), on_torch)
             else:
                 on_torch = is_torch(given)
@@ -277,6 +279,7 @@ class LoraBatch:
         if kept is not None:
             kept.run(pointers, objs, on_torch)
         else:
+            _ahead.new_size(self, slots.shape[0] if indptr is None else self.num_tokens)
             self._plans.run(key, self._plan(slots, indptr), arrays, on_torch)
 
     def _has_kernels(self) -> bool:

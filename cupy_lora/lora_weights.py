@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from . import _arrays, _device, _env, _jit
+from . import _ahead, _arrays, _device, _env, _jit
 from ._arrays import (
     CPU,
     FLOATS,
@@ -128,6 +128,7 @@ class LoraWeights:
         self._retired: list[tuple[Any, list[Any]]] = []
         self.rank_set: frozenset[int] = frozenset()
         self.launches: dict[Hashable, Any] = {}  # of add_lora; they depend on rank_set
+        _ahead.new_weights(self)
 
     # ------------------------------------------------------------------ what is loaded
 
@@ -380,6 +381,7 @@ class LoraWeights:
         if rank_set != self.rank_set:
             self.rank_set = rank_set
             self.launches.clear()
+            _ahead.new_ranks(self)
         self._buffers[slot] = buffer
         # With copy=False the parts view the caller's memory and keep it alive.
         self._kept[slot] = tuple(part for part in parts if part is not None) if buffer is None else ()
