@@ -209,7 +209,9 @@ class Ready:
         # released: each takes a frame of its own.
         self._frames: list[_Frame] = []
 
-    def __call__(self, pointers: Sequence[int], stream: int, numbers: Sequence[tuple[int, np.generic]] = ()) -> None:
+    def __call__(
+        self, pointers: Sequence[int], stream: int, values: Sequence[tuple[int, np.generic | np.ndarray]] = ()
+    ) -> None:
         """Launch on the stream of this handle.
 
         Parameters
@@ -217,8 +219,9 @@ class Ready:
         pointers : sequence of int
             Addresses of the arrays that come with each call.
         stream : int
-        numbers : sequence of (int, numpy integer)
-            Arguments, not negative, that this call replaces: position and value.
+        values : sequence of (int, numpy integer or array)
+            Arguments that this call replaces, by position: integers, not negative, and structs of whole 8-byte
+            words. Each call replaces the same ones.
         """
         try:
             frame = self._frames.pop()
@@ -227,8 +230,13 @@ class Ready:
         words, _, address = frame
         for word, index, delta in self._places:
             words[word] = pointers[index] + delta
-        for position, value in numbers:
-            words[self._offsets[position] // 8] = int(value)
+        for position, value in values:
+            word = self._offsets[position] // 8
+            if isinstance(value, np.ndarray):
+                raw = array.array("Q", value.tobytes())
+                words[word : word + len(raw)] = raw
+            else:
+                words[word] = int(value)
         driver = _driver or _load_driver()
         device = self._device
         if _watcher is not None:

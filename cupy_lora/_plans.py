@@ -61,7 +61,7 @@ class Kept:
         pointers: Sequence[int],
         objs: Sequence[Any],
         on_torch: bool,
-        numbers: Sequence[tuple[int, np.generic]] = (),
+        values: Sequence[tuple[int, np.generic | np.ndarray]] = (),
     ) -> int | None:
         """Launch over these arrays, on their stream, and return that stream's handle (None on the host).
 
@@ -72,18 +72,18 @@ class Kept:
         objs : sequence
             The arrays as :func:`read` returned them: on the host, :class:`Array`.
         on_torch : bool
-        numbers : sequence of (int, numpy integer)
-            Arguments that the key does not cover: position and value, not negative. Each call passes the same ones.
+        values : sequence of (int, numpy integer or array)
+            Arguments that the key does not cover, as :class:`Ready` takes them.
         """
         if self.device == CPU:
-            _jit.run(self.launch(objs, numbers), CPU)
+            _jit.run(self.launch(objs, values), CPU)
             return None
         stream = handle_for(self.device, on_torch)
         if self._ready is not None:
-            self._ready(pointers, stream, numbers)
+            self._ready(pointers, stream, values)
         return stream
 
-    def launch(self, arrays: Arrays, numbers: Sequence[tuple[int, np.generic]] = ()) -> _jit.Launch:
+    def launch(self, arrays: Arrays, values: Sequence[tuple[int, np.generic | np.ndarray]] = ()) -> _jit.Launch:
         """The launch over these arrays of the host: the CPU runner wants their shapes too."""
         args = self._args.copy()
         for position, index, delta in self._places:
@@ -92,7 +92,7 @@ class Kept:
                 args[position] = Array(array.ptr + delta, like.shape, like.strides, like.dtype, like.device, array.obj)
             else:
                 args[position] = array
-        for position, value in numbers:
+        for position, value in values:
             args[position] = value
         return _jit.Launch(self.kernel, self.grid, tuple(args))
 
@@ -184,7 +184,7 @@ class Plans:
         arrays: Arrays,
         on_torch: bool,
         apart: Sequence[tuple[int, int]] = (),
-        numbers: Sequence[tuple[int, np.generic]] = (),
+        values: Sequence[tuple[int, np.generic | np.ndarray]] = (),
     ) -> None:
         """Run a new plan, and keep it under ``key`` (unless that is None).
 
@@ -195,11 +195,11 @@ class Plans:
         arrays, apart
             As :class:`Kept` takes them, after the caller's checks.
         on_torch : bool
-        numbers
+        values
             As of :meth:`Kept.run`.
         """
         kept = Kept(launch, arrays, apart)
-        kept.run([0 if array is None else array.ptr for array in arrays], arrays, on_torch, numbers)
+        kept.run([0 if array is None else array.ptr for array in arrays], arrays, on_torch, values)
         if key is not None:
             if len(self._kept) >= _MOST:
                 self._kept.clear()

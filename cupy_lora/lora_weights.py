@@ -124,6 +124,7 @@ class LoraWeights:
         self._parts: list[tuple[Part | None, ...]] = [(None,) * len(widths)] * self.max_adapters
         self._buffers: list[Any] = [None] * self.max_adapters
         self._kept: list[tuple[Any, ...]] = [()] * self.max_adapters
+        self._setter: _jit.Ready | None = None  # writes a slot's records
         self._streams: dict[int, Any] = {}
         self._retired: list[tuple[Any, list[Any]]] = []
         self.rank_set: frozenset[int] = frozenset()
@@ -359,25 +360,37 @@ class LoraWeights:
         return [None if pair is None else (on_device(pair[0]), on_device(pair[1])) for pair in pairs]
 
     def _update(self, slot: int, parts: tuple[Part | None, ...], buffer: Any, stream: Any) -> None:
-        records = np.zeros(self.num_slices, RECORD)
-        for record, part in zip(records, parts, strict=True):
-            if part is not None:
-                record["a"] = view("a", part.a).ptr
-                record["b"] = view("b", part.b).ptr
-                record["rank"] = part.rank
-                record["scale"] = part.scale
+        records = np.array(
+            [
+                (0, 0, 0, 0.0, 0)
+                if part is None
+                else (view("a", part.a).ptr, view("b", part.b).ptr, part.rank, part.scale, 0)
+                for part in parts
+            ],
+            RECORD,
+        )
         if self.device == CPU and (_env.DISABLE_SGMV.on or not _jit.has_host_runner()):
             self.table[slot] = records.view(np.int64).reshape(self.num_slices, 4)
+        elif self._setter is not None:
+            self._setter((), stream.ptr, ((1, np.int32(slot)), (2, records)))
         else:
             from . import _lora_plan
 
-            facts = _jit.device_facts(self.device)
-            _jit.run(_lora_plan.set_slot(self.table_view, slot, records, facts), self.device, stream)
+            launch = _lora_plan.set_slot(self.table_view, slot, records, _jit.device_facts(self.device))
+            if self.device == CPU:
+                _jit.run(launch, self.device, stream)
+            else:
+                setter = _jit.Ready(launch, self.device)
+                setter((), stream.ptr)
+                self._setter = setter
         self._reap()
         if self.device != CPU and (self._buffers[slot] is not None or self._kept[slot]):
             self._retire((self._buffers[slot], self._kept[slot]), stream)
+        before, after = (frozenset(p.rank for p in some if p is not None) for some in (self._parts[slot], parts))
         self._parts[slot] = parts
-        rank_set = frozenset(part.rank for loaded in self._parts for part in loaded if part is not None)
+        rank_set = self.rank_set
+        if before != after:
+            rank_set = frozenset(part.rank for loaded in self._parts for part in loaded if part is not None)
         if rank_set != self.rank_set:
             self.rank_set = rank_set
             self.launches.clear()

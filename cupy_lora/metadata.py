@@ -106,10 +106,10 @@ def block_tables_to_ragged(
         same_device(block_tables=table, out=ragged)
     arrays = (*inputs, ragged)
     total = ragged.shape[0]
-    numbers = ((_metadata_plan.RAGGED_TOTAL, np.uint32(total)),)
+    values = ((_metadata_plan.RAGGED_TOTAL, np.uint32(total)),)
     if kept is not None:
         if total:
-            kept.run((*pointers, ragged.ptr), arrays, on_torch, numbers)
+            kept.run((*pointers, ragged.ptr), arrays, on_torch, values)
     else:
         if _env.DEBUG.on:
             lengths = host_copy(new).astype(np.int64) + host_copy(cached)
@@ -125,7 +125,7 @@ def block_tables_to_ragged(
             return out
         if total:
             launch = _metadata_plan.ragged(table, new, cached, ragged, max_current_length)
-            _plans.run(key, launch, arrays, on_torch, numbers=numbers)
+            _plans.run(key, launch, arrays, on_torch, values=values)
     return out
 
 

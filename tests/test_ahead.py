@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_gpu
 import numpy as np
@@ -33,9 +34,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[_cubins.Un
         monkeypatch.setattr(_cubins, name, type(getattr(_cubins, name))())
     _ahead._weights.clear()
     _ahead._batches.clear()
+    monkeypatch.setattr("cupy_lora._device.capturing", lambda stream: False)
     monkeypatch.setattr("cupy_lora.lora_weights.on_device", lambda array: array)
     for name in ("stream_for", "stream_of"):
-        monkeypatch.setattr(f"cupy_lora.lora_weights.{name}", lambda *args: None)
+        monkeypatch.setattr(f"cupy_lora.lora_weights.{name}", lambda *args: SimpleNamespace(ptr=5))
     return units
 
 

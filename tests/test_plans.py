@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,22 @@ def test_a_kept_launch_hands_over_the_callers_addresses(driver: Driver) -> None:
         assert (device, on) == (0, stream)
         assert sizes == [1000, 3, 2, 1, 128, 1, 1, 64]
         assert words(address, 6) == [(at << 20) + 20, 5, at << 30, table.ptr, 0, 9 + at]
+
+
+def test_structs_are_replaced_whole(driver: Driver) -> None:
+    """Each load of an adapter passes another slot and other records to one launch."""
+    record = np.dtype([("a", np.uint64), ("rank", np.int32), ("scale", np.float32)])
+    first = np.zeros(1, np.dtype([("records", record, (2,))]))
+    ready = _jit.Ready(_jit.Launch(KERNEL, (1, 1, 1), (on_gpu((4,), INT32, ptr=4096), np.int32(7), first)), 0)
+    ready((), 5)
+    assert words(driver.launches[-1][2], 3) == [4096, 7, 0]
+    for slot in (3, 1):
+        records = np.array([(11 + slot, 16, 0.5), (12, 8, 2.0)], record)
+        ready((), 5, ((1, np.int32(slot)), (2, records)))
+        address = driver.launches[-1][2]
+        assert words(address, 2) == [4096, slot]
+        place = ctypes.c_uint64.from_address(address + 16).value
+        assert ctypes.string_at(place, 32) == records.tobytes()
 
 
 def test_a_call_inside_a_call_has_arguments_of_its_own(driver: Driver) -> None:
