@@ -425,7 +425,7 @@ def test_plot_without_matplotlib(monkeypatch, tmp_path):
 
 def test_dry_run_of_every_family(tmp_path, capsys):
     path = tmp_path / "dry.json"
-    assert command.main(["all", "--dry-run", "--json", str(path), "--cases", "^(?!host first call)"]) == 0
+    assert command.main(["all", "--dry-run", "--json", str(path), "--cases", "^(?!host (first call|start))"]) == 0
     rows = model.read_report(path)[1]
     states = {}
     for row in rows:
@@ -449,6 +449,14 @@ def test_first_call_runs_in_its_own_process():
     assert (cold.mode, warm.mode) == ("cold cache", "warm cache")
     assert cold.status == "dry"
     assert "first_call" in cold.note
+
+
+def test_start_runs_in_its_own_process():
+    cold, warm = bench_host.start_rows(dry=True)
+    assert (cold.mode, warm.mode) == ("cold cache", "warm cache")
+    assert warm.target_us == 1e3 * targets.START_TO_RESULT_MS
+    for step in ("import_cupy", "context", "weights", "batch", "add_lora", "whole process"):
+        assert f"{step} " in warm.note
 
 
 class _Family:
