@@ -87,6 +87,14 @@ def block_tables_to_ragged(
     """
     given = block_tables, input_lengths_tensor, cache_lengths_tensor
     kept, key, pointers, objs, on_torch = _plans.find(_RAGGED, given, "ragged", max_current_length)
+    if kept is not None and out is not None:
+        ragged = _vector("out", out, dtypes=(INT32,))
+        if ragged.device == kept.device:
+            total = ragged.shape[0]
+            if total:
+                values = ((_metadata_plan.RAGGED_TOTAL, np.uint32(total)),)
+                kept.run((*pointers, ragged.ptr), (*objs, ragged), on_torch, values)
+            return out
     table, new, cached = inputs = views(_RAGGED, objs)
     if kept is None:
         _rows("block_tables", table)
