@@ -33,13 +33,14 @@ from .bench_metadata import Step
 from .bench_norm import Norm
 from .bench_paged_kv import Append
 from .harness import DryRig, GpuRig
-from .model import OURS, Case, Report, Row, Work, require, stats
+from .model import OURS, ROOT, Case, Report, Row, Work, require, stats
 
 FAMILY = "host"
 NEEDS = ()
 CALLS = 200  # back to back, without a wait between: fewer than the driver's launch queue holds
 ROUNDS = 15
 FIRST_CALLS = ("add_lora", "rms_norm", "append_kv", "block_tables_to_ragged")  # kept by --quick: seconds each
+START = "start to first result"
 # The names of the library that an op needs, where that is not the op's own first word.
 NEEDS_OF = {"LoraBatch.update": bench_lora.NEEDS, "LoraWeights.load": bench_lora.NEEDS}
 
@@ -94,6 +95,7 @@ def cases() -> list[Case]:
             found.append(Case(FAMILY, f"{name} {arrays}", 0, (name, arrays), True, target, None, record))
     for name in ops():
         found.append(Case(FAMILY, f"first call {name}", 0, (name, "first call"), name in FIRST_CALLS))
+    found.append(Case(FAMILY, START, 0, ("add_lora", START), True))
     return found
 
 
@@ -104,6 +106,10 @@ def run_case(case: Case, rig: Any, report: Report, options: Any) -> None:
         require(NEEDS_OF.get(name, (name.split(" ")[0],)))
     except LookupError as missing:
         report.add(Row(FAMILY, case.name, OURS, "", status="missing", note=str(missing)))
+        return
+    if kind == START:
+        if options.shard is None:
+            report.add(*start_rows(dry=rig.dry))
         return
     if kind == "first call":
         if options.shard is None:
@@ -191,23 +197,48 @@ def first_call(name: str, dry: bool) -> dict[str, float]:
 
 
 def first_call_rows(name: str, *, dry: bool) -> list[Row]:
-    """Two processes with a fresh disk cache of CuPy: the first compiles, the second finds it there."""
+    """A process that compiles and one that finds the kernels in the cache; building counts too.
+
+    The schedule of a batch and the table of the weights are compiled when they are built.
+    """
+    command = ["-m", "bench", "first-call", name]
+    aims = (targets.FIRST_CALL_COLD_MS, targets.FIRST_CALL_CACHED_MS)
+    return _fresh_rows(f"first call {name}", command, ("build", "first_call"), aims, dry=dry)
+
+
+def start_rows(*, dry: bool) -> list[Row]:
+    """From a started process, CuPy imported, to the first result of add_lora in host memory."""
+    steps = ("context", "import_cupy_lora", "weights", "batch", "add_lora")
+    return _fresh_rows(START, [str(ROOT / "bench" / "start.py")], steps, (None, targets.START_TO_RESULT_MS), dry=dry)
+
+
+def _fresh_rows(
+    case: str, command: list[str], counted: tuple[str, ...], aims: tuple[float | None, float | None], *, dry: bool
+) -> list[Row]:
+    """Two processes with a cache folder of their own: the first compiles, the second finds it there."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "CUPY_CACHE_DIR": folder}
-        command = [sys.executable, "-m", "bench", "first-call", name, *(["--dry-run"] if dry else [])]
-        for mode, aim in (("cold cache", targets.FIRST_CALL_COLD_MS), ("warm cache", targets.FIRST_CALL_CACHED_MS)):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        environment = {**os.environ, "CUPY_CACHE_DIR": folder, "PYTHONPATH": _path()}
+        words = [sys.executable, *command, *(["--dry-run"] if dry else [])]
+        for mode, aim in zip(("cold cache", "warm cache"), aims, strict=True):
+            began = time.perf_counter()
+            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180, cwd=ROOT)
+            whole = 1e3 * (time.perf_counter() - began)
             if done.returncode != 0:
                 raise RuntimeError(f"the process failed: {done.stderr.strip()[-400:]}")
             found = json.loads(done.stdout.strip().split("\n")[-1])
-            row = Row(FAMILY, f"first call {name}", OURS, mode, target_us=1e3 * aim)
-            # Building may compile too (the schedule of a batch, the table of the weights): it belongs to the first use.
-            both = found["build"] + found["first_call"]
-            row.note = ", ".join(f"{step} {ms:.1f} ms" for step, ms in found.items())
+            row = Row(FAMILY, case, OURS, mode, target_us=None if aim is None else 1e3 * aim)
+            row.note = (
+                ", ".join(f"{step} {ms:.1f} ms" for step, ms in found.items()) + f"; whole process {whole:.0f} ms"
+            )
             if dry:
                 row.status = "dry"
             else:
-                row.set_time(stats([1e3 * both]), None)
+                row.set_time(stats([1e3 * sum(found[step] for step in counted)]), None)
             rows.append(row)
     return rows
+
+
+def _path() -> str:
+    """The search path with the checkout first, for a script that lies in a folder of it."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -62,9 +62,8 @@ def launches_of(call: Call) -> str:
     from cupy_lora import _jit
 
     seen: list[str] = []
-    run = _jit.run
 
-    def watched(launch: Any, *rest: Any) -> None:
+    def see(launch: Any) -> None:
         kernel, defines = launch.kernel, dict(launch.kernel.defines)
         parts = [kernel.symbol]
         if "TILE_ROWS" in defines:
@@ -74,13 +73,9 @@ def launches_of(call: Call) -> str:
             parts.append(f"S{defines['STAGES']}")
         parts.append("x".join(map(str, launch.grid)))
         seen.append(" ".join([*parts, f"{kernel.shared // 1024}KB"]))
-        run(launch, *rest)
 
-    _jit.run = watched
-    try:
+    with _jit.watcher(see):
         call()
-    finally:
-        _jit.run = run
     return "; ".join(seen)
 
 

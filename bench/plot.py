@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .model import OURS, Row
-from .table import peers_of
+from .table import peers_of, record_of
 
 
 def plot_path(base: Path, family: str) -> Path:
@@ -47,7 +47,7 @@ def _plot_family(head: dict[str, Any], family: str, ours: list[Row], timed: list
     for place, row in zip(places, ours, strict=True):
         for name, us in peers_of(row, timed).items():
             engines.setdefault(name, []).append((us, place))
-        for name, us in row.record.items():
+        for name, us in record_of(row, timed).items():
             engines.setdefault(f"{name} (of record)", []).append((us, place))
     markers = "sDv^<>pPXh*d"
     for index, (name, points) in enumerate(sorted(engines.items())):

@@ -44,6 +44,7 @@ class Options:
     shard: tuple[int, int] | None = None
     verbose: bool = False
     told: set[str] = field(default_factory=set)
+    unbuilt: peer_table.Unbuilt = field(default_factory=dict)
 
 
 class DeviceLost(RuntimeError):
@@ -93,6 +94,8 @@ def run_families(families: list[str], rig: Any, report: Report, options: Options
     if options.shard is not None:
         index, count = options.shard
         work = work[index::count]
+    elif not rig.dry:
+        _find_peers(work, rig, report, options)
     with progress(len(work)) as step:
         for module, case in work:
             if report.elapsed > options.budget:
@@ -107,6 +110,18 @@ def run_families(families: list[str], rig: Any, report: Report, options: Options
                 return
             line = "; ".join(_brief(row) for row in report.rows[before:])
             step(f"{report.elapsed:5.0f} s  {case.family} {case.name}: {line}")
+
+
+def _find_peers(work: list[tuple[ModuleType, Case]], rig: Any, report: Report, options: Options) -> None:
+    """Import the peers and say which there are; one that breaks is a failed row. Compile what they need."""
+    working, broken = peer_table.survey(options.peers)
+    report.head["peers"] = working
+    options.peers = ",".join(working) or "none"
+    for name in peer_table.PACKAGES:
+        say(f"peer {name}: {working.get(name) or broken.get(name) or 'not installed, or not asked for'}")
+    for name, why in broken.items():
+        report.add(Row("peers", "import", name, "", status="failed", note=why))
+    options.unbuilt = peer_table.compile_ahead(work, options.peers, rig)
 
 
 def _brief(row: Row) -> str:
@@ -150,10 +165,10 @@ def run_case(module: ModuleType, case: Case, rig: Any, report: Report, options: 
         sets = module.sets_for(case, rig) if hasattr(module, "sets_for") else rig.sets_for(case.nbytes)
         work = module.build(case, rig, sets)
         _measure(case, OURS, work, rig, report, options)
-        peers = {} if rig.dry else peer_table.chosen(module.__name__.rpartition(".")[2], options.peers)
-        for name, builder in peers.items():
+        stem = module.__name__.rpartition(".")[2]
+        for name in {} if rig.dry else peer_table.chosen(stem, options.peers):
             with _reported(case, name, rig, report, options):
-                other = builder(case, rig, work)
+                other = peer_table.build(stem, name, case, rig, work, options.unbuilt)
                 if other is not None:
                     _measure(case, name, other, rig, report, options)
         del work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from .model import OURS, Row, geometric_mean
@@ -25,11 +26,22 @@ def peers_of(row: Row, rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def record_of(row: Row, rows: Sequence[Row]) -> dict[str, float]:
+    """The peers of record that were not timed in this run for the same case (``vLLM 0.33`` is where ``vLLM`` was)."""
+    timed = peers_of(row, rows)
+    kept = {}
+    for name, us in row.record.items():
+        plain = re.sub(r" [\d.]+$", "", name)
+        if not any(engine == plain or engine.startswith(f"{plain} ") for engine in timed):
+            kept[name] = us
+    return kept
+
+
 def best_peer(row: Row, rows: Sequence[Row]) -> tuple[str, float] | None:
-    """The best peer: of this run and, for cold times, of record (marked with an asterisk)."""
+    """The best peer: of this run and, for cold times, those of record that this run lacks (with an asterisk)."""
     known = dict(peers_of(row, rows))
     if row.mode in ("cold", "host"):
-        known.update({f"{name}*": us for name, us in row.record.items()})
+        known.update({f"{name}*": us for name, us in record_of(row, rows).items()})
     return min(known.items(), key=lambda item: item[1]) if known else None
 
 

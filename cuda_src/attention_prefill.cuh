@@ -38,7 +38,7 @@ CUPY_LORA_DEVICE void locate(const i32* qo_indptr, i32 batch, i32 tokens, i64 nu
     const auto tiles = [&](i32 s) { return (static_cast<i64>(queries(s)) * GROUP + ROWS - 1) / ROWS; };
     i64 own = 0, all;
     for (i32 s = begin; s < end; ++s) own += tiles(s);
-    i64 at = scan(own, scratch, all);
+    i64 at = scan<WARPS>(own, scratch, all);
     number = all - 1 - number;
     if (threadIdx.x == 0 && number < 0) unit->count = -1;
     for (i32 s = begin; s < end; ++s) {
@@ -112,7 +112,7 @@ CUPY_LORA_DEVICE void store_rows(Block<BLOCKS>& block, u8* rows, float scale, fl
             }
             const i64 index = row(r).lse;
             if (lse != nullptr && lane % 4 == 0 && index >= 0) {
-                lse[index] = sum > 0.f ? (block.top[m][h] * scale + log2f(sum)) * LN2 : minus_infinity();
+                lse[index] = sum > 0.f ? (block.base[m][h] * scale + log2f(sum)) * LN2 : minus_infinity();
             }
         }
     }

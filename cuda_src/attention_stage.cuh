@@ -1,79 +1,27 @@
-// What brings the operands of attention into shared memory, for decode and prefill: tiles of keys and values from
-// the pages by asynchronous copies, several tiles ahead, and queries; rotated by their positions where asked.
-//
-// Configuration by macros: ELEMENT (bf16 or f16), DIM (a multiple of 16), HEADS (of keys), GROUP (query heads of
-// a key head), PAGE (tokens of a page), WARPS, TILE (keys of a tile), STAGES, ROPE, SOFT_CAP, WINDOW, VECTORS
-// (queries and output can be moved 16 bytes at a time).
+// What brings the operands of prefill into shared memory: tiles of keys and values from the pages by asynchronous
+// copies, several tiles ahead, and queries; rotated by their positions where asked.
 //
 // A staged row is DIM elements and 16 bytes of nothing: an odd number of 16-byte pieces a row, so that the
 // eight rows of an ldmatrix lie in different banks, without a permutation in the addresses.
 #pragma once
-#include "rope.cuh"
+#include "attention_cache.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int PIECES = DIM / 8;               // 16-byte pieces of a row
 constexpr int ROW_BYTES = DIM * 2 + 16;       // of a staged row
 constexpr int SIDE_BYTES = TILE * ROW_BYTES;  // of a tile's keys, or values
 constexpr int STAGE_BYTES = 2 * SIDE_BYTES;
-constexpr i64 PAGE_SIDE = static_cast<i64>(HEADS) * PAGE * DIM * 2;     // from a page's keys to its values, one layer
-constexpr int PAIRS = DIM / 2;                                          // that RoPE rotates
 constexpr int LANES = PIECES / 2;                                       // threads that rotate one row, 8 pairs each
 constexpr int ROUND = THREADS / LANES < TILE ? THREADS / LANES : TILE;  // rows that a block rotates at a time
 constexpr int NEAR = 8;                                                 // positions of the near table
 constexpr int FAR = ceil_div(ROUND, NEAR);                              // entries of the far table of one tile
-constexpr float LOG2E = 1.44269504088896f;
-constexpr float LN2 = 0.693147180559945f;
 
-static_assert(DIM % 16 == 0 && TILE % 16 == 0, "fragments of 16");
 static_assert(TILE <= THREADS, "one thread finds the page of a row");
-
-CUPY_LORA_DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
-
-// ---- sequences and their pages ------------------------------------------------------------------
-struct Cache {
-    const i64* kv_ptrs;
-    const i32* kv_indptr;
-    const i32* last_page_offset;
-    i32 num_ptrs;
-};
-
-// Tokens of a sequence; 0 for one without pages or with tables out of range, of which nothing is read.
-CUPY_LORA_DEVICE i32 length_of(const Cache& cache, int sequence) {
-    const i32 first = cache.kv_indptr[sequence];
-    const i32 end = cache.kv_indptr[sequence + 1];
-    const i32 last = cache.last_page_offset[sequence];
-    if (first < 0 || end <= first || end > cache.num_ptrs || last < 1 || last > PAGE) return 0;
-    return (end - first - 1) * PAGE + last;
-}
-
-// The keys of one head of one layer of one sequence.
-struct Keys {
-    const i64* pages;
-    i64 offset;  // bytes from a page's start to the head's keys
-    i32 length;
-};
-
-CUPY_LORA_DEVICE Keys keys_of(const Cache& cache, i32 first_page, i32 length, i32 layer, int head) {
-    const i64 offset = (static_cast<i64>(layer) * 2 * HEADS + head) * (static_cast<i64>(PAGE) * DIM * 2);
-    return {cache.kv_ptrs + first_page, offset, length};
-}
-
-// Where the key at a position lies; 0 past the end and in a page that cannot be one (its keys count as zeros).
-CUPY_LORA_DEVICE u64 key_address(const Keys& keys, i32 position) {
-    if (position >= keys.length) return 0;
-    const u32 at = static_cast<u32>(position);
-    const u64 page = static_cast<u64>(keys.pages[at / PAGE]);
-    if (page == 0 || page % 16 != 0) return 0;
-    return page + static_cast<u64>(keys.offset) + (at % PAGE) * (DIM * 2u);
-}
 
 // ---- rotary embedding ---------------------------------------------------------------------------
 // A position is a multiple of NEAR and a rest. cos and sin of the angles of the rests are in the near table
 // [NEAR + 1][PAIRS], those of the multiples in a far table [..][PAIRS]; their complex product is the angle's. The near
 // table's last entry is the angle of ROUND positions. In an entry, the first two of each 8 pairs come first, then the
 // second two and so on: threads side by side read pieces side by side.
-using Turns = Frequencies<PAIRS>;
-
 // Entry i: the angles at position first + i * step.
 CUPY_LORA_DEVICE void fill_angles(float2* table, int entries, i32 first, i32 step, const Turns& frequencies) {
     for (int e = static_cast<int>(threadIdx.x); e < entries * PAIRS; e += THREADS) {
@@ -156,7 +104,7 @@ CUPY_LORA_DEVICE void rotate_tile(u8* rows, const float2* near, const float2* fa
     const int first = static_cast<int>(threadIdx.x) / LANES;
     if (first >= ROUND) return;
     Angles angles = added(angles_of(near, first % NEAR, unit), angles_of(far, first / NEAR, unit));
-#pragma unroll MODE == 0 ? 4 : 1
+#pragma unroll 1
     for (int row = first; row < TILE; row += ROUND) {
         rotate_piece(rows + row * ROW_BYTES, unit, angles);
         angles = added(angles, angles_of(near, NEAR, unit));  // read again: prefill has no registers to keep it
@@ -170,6 +118,15 @@ struct Staging {
     float2* near;    // [NEAR + 1][PAIRS]
     float2* far;     // [FAR][PAIRS], of the tile
 };
+
+CUPY_LORA_DEVICE Staging carve_staging(u8*& shared) {
+    Staging staging;
+    staging.stages = carve<u8>(shared, STAGES * STAGE_BYTES);
+    staging.addresses = carve<u64>(shared, STAGES * TILE);
+    staging.near = carve<float2>(shared, ROPE ? (NEAR + 1) * PAIRS : 0);
+    staging.far = carve<float2>(shared, ROPE ? FAR * PAIRS : 0);
+    return staging;
+}
 
 CUPY_LORA_DEVICE void copy_tile(const Staging& staging, int slot) {
     u8* const stage = staging.stages + slot * STAGE_BYTES;

@@ -1,7 +1,6 @@
-// The products of attention, for decode and prefill: 16-row blocks of queries with tiles of keys and values by
-// mma.sync, the softmax kept online.
+// The products of prefill: 16-row blocks of queries with tiles of keys and values by mma.sync, the softmax kept online.
 //
-//   s = q k^T, y = scale * s (or soft_cap * tanh(s sm_scale / soft_cap)), o = sum_j exp2(y_j - max y) v_j
+//   s = q k^T, y = scale * s (or soft_cap * tanh(s sm_scale / soft_cap)), o = sum_j exp2(y_j - base) v_j
 //
 // Operands lie in shared memory as attention_stage.cuh leaves them.
 #pragma once
@@ -9,12 +8,13 @@
 
 // ---- 16-row blocks of queries over keys ---------------------------------------------------------
 // What a warp holds of M blocks: accumulators as mma fragments, and for rows g and g + 8 of each block the
-// maximum of the scores (before scaling) and this lane's part of the sum of the weights. `lost` is what rounding added
-// to that sum (Kahan): without it, equal weights of a million keys all err the same way, by 1e-4 together.
+// base of the exponents (a score, before scaling) and this lane's part of the sum of the weights. `lost` is what
+// rounding added to that sum (Kahan): without it, equal weights of a million keys all err the same way, by 1e-4
+// together.
 template <int M>
 struct Block {
     float acc[M][DIM / 8][4];
-    float top[M][2];
+    float base[M][2];
     float sum[M][2];
     float lost[M][2];
 };
@@ -34,34 +34,21 @@ CUPY_LORA_DEVICE void clear(Block<M>& block) {
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            block.top[m][h] = minus_infinity();
+            block.base[m][h] = minus_infinity();
             block.sum[m][h] = 0.f;
             block.lost[m][h] = 0.f;
         }
     }
 }
 
-CUPY_LORA_DEVICE float quad_max(float v) {
-    v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
-    return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
-}
-
-CUPY_LORA_DEVICE float quad_sum(float v) {
-    v += __shfl_xor_sync(0xffffffffu, v, 1);
-    return v + __shfl_xor_sync(0xffffffffu, v, 2);
-}
-
-CUPY_LORA_DEVICE float tanh_of(float v) { return 1.f - __fdividef(2.f, 1.f + ptx::exp2_approx(v * (2.f * LOG2E))); }
-
-// One step of the online softmax over KEYS keys; the whole warp takes part. Only the first HALVES halves of each
-// block have queries; row r of a block is row r % QUERIES of its 16 in shared memory. `scale` turns a score into an
-// exponent of two; soft_cap: a score s is tanh(s * cap) first.
+// One step of the online softmax over KEYS keys; the whole warp takes part. `scale` turns a score into an exponent of
+// two; soft_cap: a score s is tanh(s * cap) first.
 // visible(m, h): the keys that row g + 8 h of block m sees, (first, end); asked where `masked`.
-template <int M, int HALVES, int KEYS, int QUERIES, class Visible>
+template <int M, int KEYS, class Visible>
 CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys, const u8* values, float scale,
                              float cap, bool masked, Visible visible) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const u8* const q = queries + lane % 16 % QUERIES * ROW_BYTES + lane / 16 * 16;
+    const u8* const q = queries + lane % 16 * ROW_BYTES + lane / 16 * 16;
     const u8* const k = keys + (lane / 16 * 8 + lane % 8) * ROW_BYTES + lane / 8 % 2 * 16;
     const u8* const v = values + lane % 16 * ROW_BYTES + lane / 16 * 16;
     float s[M][KEYS / 8][4];
@@ -95,7 +82,7 @@ CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys,
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
-                for (int i = 0; i < 2 * HALVES; ++i) s[m][n][i] = tanh_of(s[m][n][i] * cap);
+                for (int i = 0; i < 4; ++i) s[m][n][i] = tanh_of(s[m][n][i] * cap);
             }
         }
     }
@@ -103,7 +90,7 @@ CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys,
 #pragma unroll
         for (int m = 0; m < M; ++m) {
 #pragma unroll
-            for (int h = 0; h < HALVES; ++h) {
+            for (int h = 0; h < 2; ++h) {
                 const Span span = visible(m, h);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; ++n) {
@@ -121,20 +108,20 @@ CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys,
     for (int m = 0; m < M; ++m) {
         float factor[2] = {1.f, 1.f};
 #pragma unroll
-        for (int h = 0; h < HALVES; ++h) {
-            float top = block.top[m][h];
+        for (int h = 0; h < 2; ++h) {
+            float top = minus_infinity();
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) top = fmaxf(top, s[m][n][2 * h + i]);
             }
             top = quad_max(top);
+            const float old = block.base[m][h] * scale;
+            const bool rises = fmaf(top, scale, -old) > SLACK;
+            if (rises) block.base[m][h] = top;
             // Nothing visible yet: any finite base gives weights of 0.
-            const float base = top == minus_infinity() ? 0.f : top * scale;
-            // 1 where the maximum stays, not the power of what rounding left of `base`: that would come in every step.
-            const float old = block.top[m][h];
-            factor[h] = top == old ? 1.f : ptx::exp2_approx(fmaf(old, scale, -base));
-            block.top[m][h] = top;
+            const float base = block.base[m][h] == minus_infinity() ? 0.f : block.base[m][h] * scale;
+            factor[h] = rises ? ptx::exp2_approx(old - base) : 1.f;
             float sum = 0.f;
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
@@ -151,7 +138,7 @@ CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys,
             block.sum[m][h] = before + added;
             block.lost[m][h] = (block.sum[m][h] - before) - added;
         }
-        // The maximum seldom moves after the first tiles.
+        // The base seldom moves after the first step.
         if (__any_sync(0xffffffffu, factor[0] != 1.f || factor[1] != 1.f)) {
 #pragma unroll
             for (int n = 0; n < DIM / 8; ++n) {
@@ -166,7 +153,7 @@ CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys,
 #pragma unroll
         for (int m = 0; m < M; ++m) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) a[m][i] = i % 2 < HALVES ? weights[m][2 * j + i / 2][i % 2] : 0u;
+            for (int i = 0; i < 4; ++i) a[m][i] = weights[m][2 * j + i / 2][i % 2];
         }
 #pragma unroll
         for (int n = 0; n < DIM / 16; ++n) {
@@ -179,29 +166,4 @@ CUPY_LORA_DEVICE void attend(Block<M>& block, const u8* queries, const u8* keys,
             }
         }
     }
-}
-
-// ---- which work is this block's -----------------------------------------------------------------
-// Exclusive prefix sum over the threads of the block; total: of all. scratch: WARPS + 1 values, free again on return.
-template <class N>
-CUPY_LORA_DEVICE N scan(N value, N* scratch, N& total) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    N sum = value;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const N other = __shfl_up_sync(0xffffffffu, sum, distance);
-        if (lane >= distance) sum += other;
-    }
-    if (lane == 31) scratch[warp] = sum;
-    __syncthreads();
-    N before = 0;
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-        if (w < warp) before += scratch[w];
-        total += scratch[w];
-    }
-    __syncthreads();
-    return before + sum - value;
 }

@@ -11,11 +11,11 @@
 //
 // Each array has an integer type of its own (a macro per role, i32 or i64).
 //
-// The ragged kernels: `chunks` blocks a row; every block adds up the lengths ahead of its row by itself
-// (BLOCK at a time), while its first CHUNK entries of the table are on their way: one launch, no scan
+// The ragged kernels: a row for each of the grid's x, its chunks along y; every block adds up the lengths ahead of its
+// row by itself (BLOCK at a time), while its first CHUNK entries of the table are on their way: one launch, no scan
 // between blocks. Entries past the row's length are loaded too, as the length is not known yet.
-// The others: LANES threads a row, BLOCK / LANES rows a block, `chunks` blocks a group of rows; a
-// row longer than the grid was sized for is walked over.
+// The others: LANES threads a row, BLOCK / LANES rows a block, ITEMS items a thread at a time; the grid's y
+// counts the chunks of a row, and a row longer than it was sized for is walked over.
 //
 // Shared memory: 64 u32 (ragged kernels: sums of the warps), none otherwise; what lora_batch.cuh says in
 // the blocks of a schedule.
@@ -30,6 +30,7 @@
 constexpr int PER_THREAD = 8;              // entries of the table a thread has in flight
 constexpr int CHUNK = BLOCK * PER_THREAD;  // entries of a block
 constexpr int WARPS = BLOCK / 32;
+constexpr int ROW_CHUNK = LANES * ITEMS;  // items of a row that a block (or its part) has in flight
 
 // ---- ragged ------------------------------------------------------------------------------------
 struct Sums {
@@ -43,6 +44,7 @@ CUPY_LORA_DEVICE u32 at_least_0(i64 v) { return v < 0 ? 0u : static_cast<u32>(v)
 CUPY_LORA_DEVICE Sums sums_ahead(const INPUT_LENGTH* __restrict__ input, const CACHE_LENGTH* __restrict__ cache,
                                  int row, u32* shared) {
     Sums sums{0u, 0u};
+#pragma unroll 2
     for (int b = static_cast<int>(threadIdx.x); b < row; b += BLOCK) {
         const u32 n = at_least_0(input[b]);
         sums.all += n + at_least_0(cache[b]);
@@ -70,9 +72,9 @@ CUPY_LORA_DEVICE Sums sums_ahead(const INPUT_LENGTH* __restrict__ input, const C
 // Row `row` of the table to its place; returns the sums ahead of the row.
 CUPY_LORA_DEVICE Sums ragged_row(const TABLE* __restrict__ table, i64 stride, i32 width,
                                  const INPUT_LENGTH* __restrict__ input, const CACHE_LENGTH* __restrict__ cache,
-                                 int row, int chunk, int chunks, RAGGED* __restrict__ ragged, u32 total, u32* shared) {
+                                 int row, RAGGED* __restrict__ ragged, u32 total, u32* shared) {
     const TABLE* const from = table + row * stride;
-    const int first = chunk * CHUNK + static_cast<int>(threadIdx.x);
+    const int first = static_cast<int>(blockIdx.y) * CHUNK + static_cast<int>(threadIdx.x);
     TABLE held[PER_THREAD];
 #pragma unroll
     for (int k = 0; k < PER_THREAD; ++k) {
@@ -81,36 +83,38 @@ CUPY_LORA_DEVICE Sums ragged_row(const TABLE* __restrict__ table, i64 stride, i3
     }
     const u32 length = at_least_0(input[row]) + at_least_0(cache[row]);
     const Sums ahead = sums_ahead(input, cache, row, shared);
-    const int n = length < static_cast<u32>(width) ? static_cast<int>(length) : width;
+    const u32 room = total > ahead.all ? total - ahead.all : 0u;
+    const u32 entries = length < static_cast<u32>(width) ? length : static_cast<u32>(width);
+    const int n = static_cast<int>(entries < room ? entries : room);
+    RAGGED* const to = ragged + ahead.all;
 #pragma unroll
     for (int k = 0; k < PER_THREAD; ++k) {
         const int i = first + k * BLOCK;
-        if (i < n && ahead.all + i < total) ragged[ahead.all + i] = static_cast<RAGGED>(held[k]);
+        if (i < n) to[i] = static_cast<RAGGED>(held[k]);
     }
     // Only where max_current_length was too small for this row.
-    for (i64 base = first + static_cast<i64>(chunks) * CHUNK; base < n; base += static_cast<i64>(chunks) * CHUNK) {
-        for (int k = 0; k < PER_THREAD; ++k) {
-            const i64 i = base + k * BLOCK;
-            if (i < n && ahead.all + i < total) ragged[ahead.all + i] = static_cast<RAGGED>(from[i]);
-        }
+#pragma unroll 1
+    for (i64 base = first; (base += static_cast<i64>(gridDim.y) * CHUNK) < n;) {
+#pragma unroll 1
+        for (i64 i = base; i < n && i < base + CHUNK; i += BLOCK) to[i] = static_cast<RAGGED>(from[i]);
     }
     return ahead;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+// A number of blocks in the bounds of these two: without one the assembler spills to reach a step of occupancy.
+extern "C" __global__ void __launch_bounds__(BLOCK, 1024 / BLOCK)
     block_tables_to_ragged(const TABLE* __restrict__ table, i64 stride, i32 width,
                            const INPUT_LENGTH* __restrict__ input, const CACHE_LENGTH* __restrict__ cache,
-                           RAGGED* __restrict__ ragged, u32 total, i32 chunks) {
+                           RAGGED* __restrict__ ragged, u32 total) {
     CUPY_LORA_SHARED(shared);
-    const int row = static_cast<int>(blockIdx.x) / chunks;
-    const int chunk = static_cast<int>(blockIdx.x) % chunks;
-    ragged_row(table, stride, width, input, cache, row, chunk, chunks, ragged, total, reinterpret_cast<u32*>(shared));
+    const int row = static_cast<int>(blockIdx.x);
+    ragged_row(table, stride, width, input, cache, row, ragged, total, reinterpret_cast<u32*>(shared));
 }
 
 // cu_seqlen and ragged_indptr (rows + 1 entries each) may be null.
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1024 / BLOCK)
     decode_step(const TABLE* __restrict__ table, i64 stride, i32 width, const INPUT_LENGTH* __restrict__ input,
-                const CACHE_LENGTH* __restrict__ cache, RAGGED* __restrict__ ragged, u32 total, i32 chunks,
+                const CACHE_LENGTH* __restrict__ cache, RAGGED* __restrict__ ragged, u32 total,
                 const CU_SLOTS* __restrict__ cu_slots, POSITION* __restrict__ position_ids,
                 SLOT_INDEX* __restrict__ slot_indices, u32 tokens, i32* __restrict__ cu_seqlen,
                 i32* __restrict__ ragged_indptr
@@ -121,23 +125,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 #endif
     ) {
     CUPY_LORA_SHARED(shared);
-    int block = static_cast<int>(blockIdx.x);
+    int row = static_cast<int>(blockIdx.x);
 #if SCHEDULE
     static_assert(kThreads == BLOCK, "one block size for both");
-    if (block < schedule_blocks) {
-        build_tiles_block(shared, block, slot_of, indptr, segments, rows_of_batch, slots, lists, tile_count);
+    if (row < schedule_blocks) {
+        if (blockIdx.y == 0)
+            build_tiles_block(shared, row, slot_of, indptr, segments, rows_of_batch, slots, lists, tile_count);
         return;
     }
-    block -= schedule_blocks;
+    row -= schedule_blocks;
 #endif
-    const int row = block / chunks;
-    const int chunk = block % chunks;
     const i64 cached = cache[row];
     const i64 slot = cu_slots[row];
     const u32 n = at_least_0(input[row]);
-    const Sums ahead = ragged_row(table, stride, width, input, cache, row, chunk, chunks, ragged, total,
-                                  reinterpret_cast<u32*>(shared));
-    if (chunk != 0) return;
+    const Sums ahead =
+        ragged_row(table, stride, width, input, cache, row, ragged, total, reinterpret_cast<u32*>(shared));
+    if (blockIdx.y != 0) return;
     for (u32 i = threadIdx.x; i < n && ahead.input + i < tokens; i += BLOCK) {
         position_ids[ahead.input + i] = static_cast<POSITION>(cached + i);
         slot_indices[ahead.input + i] = static_cast<SLOT_INDEX>(slot + cached + i);
@@ -155,87 +158,100 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 
 // ---- rows of known offset ----------------------------------------------------------------------
-struct Place {
-    int row;
-    i64 first;  // this thread's first item of the row
-    i64 step;
-};
+CUPY_LORA_DEVICE int row_of_thread() { return static_cast<int>(blockIdx.x * (BLOCK / LANES) + threadIdx.x / LANES); }
 
-CUPY_LORA_DEVICE Place place(int chunks) {
-    const int group = static_cast<int>(blockIdx.x) / chunks;
-    const int chunk = static_cast<int>(blockIdx.x) % chunks;
-    const int thread = static_cast<int>(threadIdx.x);
-    return {group * (BLOCK / LANES) + thread / LANES, static_cast<i64>(chunk) * LANES + thread % LANES,
-            static_cast<i64>(chunks) * LANES};
+CUPY_LORA_DEVICE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+// n, or 0 where `start` is negative. Not by a condition: the compiler would load what n is made of behind it.
+CUPY_LORA_DEVICE i64 unless_negative(i64 start, i64 n) { return n & ~(start >> 63); }
+
+// Calls use(first item, how many from there on are the row's) for the ITEMS items of this thread in each of
+// its chunks of a row of n: every LANES-th from the first. One round, where the hint sized the grid well; it is
+// entered for n <= 0 too, without an item: a branch on n ahead of it would hold back the loads that n does not
+// need, and every trip to memory behind another one is a third of the time of such a kernel.
+template <class Use>
+CUPY_LORA_DEVICE void each_chunk(i64 n, const Use& use) {
+    const int lane = static_cast<int>(threadIdx.x % LANES);
+    i64 at = static_cast<i64>(blockIdx.y) * ROW_CHUNK;
+    if (n < 0) n = 0;
+#pragma unroll 1
+    do {
+        use(at + lane, static_cast<int>(least(n - at, ROW_CHUNK)) - lane);
+        at += static_cast<i64>(gridDim.y) * ROW_CHUNK;
+    } while (at < n);
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
-    block_tables_to_padded(const CUMULATIVE* __restrict__ cu, TABLE* __restrict__ table, i64 stride, i32 width,
-                           const RAGGED* __restrict__ ragged, i64 ragged_size, i32 rows, i32 chunks) {
-    const Place at = place(chunks);
-    if (at.row >= rows) return;
-    const i64 start = cu[at.row];
-    i64 n = static_cast<i64>(cu[at.row + 1]) - start;
-    if (n > width) n = width;
-    if (n > ragged_size - start) n = ragged_size - start;
-    if (start < 0) return;
-    TABLE* const to = table + at.row * stride;
-#pragma unroll 4
-    for (i64 i = at.first; i < n; i += at.step) to[i] = static_cast<TABLE>(ragged[start + i]);
-}
-
-extern "C" __global__ void __launch_bounds__(BLOCK)
-    copy_next_input_ids(TOKEN* __restrict__ all_ids, i64 stride, i32 width, const CACHE_LENGTH* __restrict__ cache,
-                        const INPUT_LENGTH* __restrict__ input, const PROMPT_LENGTH* __restrict__ prompt,
-                        const NEXT_TOKEN* __restrict__ next_ids, i64 next_size, const CUMULATIVE* __restrict__ cu,
-                        i32 rows, i32 chunks) {
-    const Place at = place(chunks);
-    if (at.row >= rows) return;
-    const i64 length = static_cast<i64>(cache[at.row]) + static_cast<i64>(input[at.row]);
-    const i64 prompt_length = prompt[at.row];
-    const i64 start = cu[at.row];
-    i64 n = static_cast<i64>(cu[at.row + 1]) - start;
-    if (n > width - length) n = width - length;
-    if (n > next_size - start) n = next_size - start;
-    if (start < 0) return;
-    for (i64 i = at.first; i < n; i += at.step) {
-        const i64 column = length + i;
-        if (column >= prompt_length && column >= 0) {
-            all_ids[at.row * stride + column] = static_cast<TOKEN>(next_ids[start + i]);
+template <class To, class From>
+CUPY_LORA_DEVICE void copy_row(To* __restrict__ to, const From* __restrict__ from, i64 n) {
+    each_chunk(n, [&](i64 first, int left) {
+        From held[ITEMS];
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k) {
+            if (k * LANES < left) held[k] = from[first + k * LANES];
         }
-    }
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k) {
+            if (k * LANES < left) to[first + k * LANES] = static_cast<To>(held[k]);
+        }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    prepare_position_slot_ids(const CACHE_LENGTH* __restrict__ cache, const CUMULATIVE* __restrict__ cu,
-                              const CU_SLOTS* __restrict__ cu_slots, POSITION* __restrict__ position_ids,
-                              SLOT_INDEX* __restrict__ slot_indices, i64 tokens, i32 rows, i32 chunks) {
-    const Place at = place(chunks);
-    if (at.row >= rows) return;
-    const i64 cached = cache[at.row];
-    const i64 slot = cu_slots[at.row];
-    const i64 start = cu[at.row];
-    i64 n = static_cast<i64>(cu[at.row + 1]) - start;
-    if (n > tokens - start) n = tokens - start;
-    if (start < 0) return;
-#pragma unroll 4
-    for (i64 i = at.first; i < n; i += at.step) {
-        position_ids[start + i] = static_cast<POSITION>(cached + i);
-        slot_indices[start + i] = static_cast<SLOT_INDEX>(slot + cached + i);
-    }
+    block_tables_to_padded(const CUMULATIVE* cu, TABLE* table, i64 stride, i32 width, const RAGGED* ragged,
+                           i64 ragged_size, i32 rows) {
+    const int row = row_of_thread();
+    if (row >= rows) return;
+    const i64 start = cu[row], end = cu[row + 1];
+    const i64 n = unless_negative(start, least(least(end - start, width), ragged_size - start));
+    copy_row(table + row * stride, ragged + start, n);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    slots_filtering(const SLOT* __restrict__ slots, i64 slots_size, FILTERED* __restrict__ filtered, i64 filtered_size,
-                    const CUMULATIVE* __restrict__ cu, const START* __restrict__ starts, i32 rows, i32 chunks) {
-    const Place at = place(chunks);
-    if (at.row >= rows) return;
-    const i64 from = starts[at.row];
-    const i64 to = cu[at.row];
-    i64 n = static_cast<i64>(cu[at.row + 1]) - to;
-    if (n > slots_size - from) n = slots_size - from;
-    if (n > filtered_size - to) n = filtered_size - to;
-    if (from < 0 || to < 0) return;
-#pragma unroll 4
-    for (i64 i = at.first; i < n; i += at.step) filtered[to + i] = static_cast<FILTERED>(slots[from + i]);
+    copy_next_input_ids(TOKEN* all_ids, i64 stride, i32 width, const CACHE_LENGTH* cache, const INPUT_LENGTH* input,
+                        const PROMPT_LENGTH* prompt, const NEXT_TOKEN* next_ids, i64 next_size, const CUMULATIVE* cu,
+                        i32 rows) {
+    const int row = row_of_thread();
+    if (row >= rows) return;
+    const i64 start = cu[row], end = cu[row + 1];
+    const i64 length = static_cast<i64>(cache[row]) + input[row], prompt_length = prompt[row];
+    const i64 guess = row < next_size ? next_ids[row] : 0;  // one token each: on its way before cu says so
+    const i64 first = prompt_length > length ? prompt_length - length : length < 0 ? -length : 0;  // past the prompt
+    const i64 n = unless_negative(start, least(least(end - start, width - length), next_size - start));
+    if (start == row && n == 1 && first == 0) {
+        all_ids[row * stride + length] = static_cast<TOKEN>(guess);
+        return;
+    }
+    copy_row(all_ids + row * stride + length + first, next_ids + start + first, n - first);
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    prepare_position_slot_ids(const CACHE_LENGTH* cache, const CUMULATIVE* cu, const CU_SLOTS* cu_slots,
+                              POSITION* __restrict__ position_ids, SLOT_INDEX* __restrict__ slot_indices, i64 tokens,
+                              i32 rows) {
+    const int row = row_of_thread();
+    if (row >= rows) return;
+    const i64 start = cu[row], end = cu[row + 1];
+    const i64 cached = cache[row], slot = cu_slots[row];
+    const i64 n = unless_negative(start, least(end, tokens) - start);
+    each_chunk(n, [&](i64 first, int left) {
+        POSITION* const positions = position_ids + start + first;
+        SLOT_INDEX* const slots = slot_indices + start + first;
+#pragma unroll
+        for (int k = 0; k < ITEMS; ++k) {
+            if (k * LANES < left) {
+                positions[k * LANES] = static_cast<POSITION>(cached + first + k * LANES);
+                slots[k * LANES] = static_cast<SLOT_INDEX>(slot + cached + first + k * LANES);
+            }
+        }
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+    slots_filtering(const SLOT* slots, i64 slots_size, FILTERED* filtered, i64 filtered_size, const CUMULATIVE* cu,
+                    const START* starts, i32 rows) {
+    const int row = row_of_thread();
+    if (row >= rows) return;
+    const i64 from = starts[row], to = cu[row], end = cu[row + 1];
+    const i64 n = unless_negative(from | to, least(least(end - to, slots_size - from), filtered_size - to));
+    copy_row(filtered + to, slots + from, n);
 }

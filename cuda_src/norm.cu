@@ -10,19 +10,20 @@
 // again (REREAD_VECS; from L2 as a rule).
 //
 // Threads: THREADS a row. THREADS > 32: a block is one row at a time; THREADS <= 32: a block is
-// BLOCK / THREADS rows. Blocks walk over the rows with the grid's stride, and load the next row
-// before they reduce the one at hand (PREFETCH).
+// BLOCK / THREADS rows. Blocks walk over the rows with the grid's stride (WALK), and have the next row on its
+// way to registers before they reduce the one at hand (PREFETCH), or the next AHEAD rows on their way to a ring in
+// shared memory, where a thread copies what it will read itself: no barrier, no registers.
 //
 // A row is cut into vectors of 16 bytes. Vector v belongs to thread v % THREADS, whatever the width
 // of the accesses (ACCESS bytes, less than 16 where rows do not start at multiples of 16): the order
 // of the sums, and with it every bit of the result, depends on COLUMNS and the dtype only.
 //
 // Shared memory: 2 x 32 floats (the warps' sums, two sets in turn, so that one barrier a row is
-// enough), then SHARED_VECS * THREADS vectors.
+// enough), then SHARED_VECS * THREADS vectors, or the ring, [AHEAD][input, residual][VECS][BLOCK] vectors.
 //
 // Preconditions: pointers and row offsets are multiples of ACCESS (weight: WEIGHT_ACCESS) bytes; out
 // is input itself or apart from it; rows of out do not overlap.
-#include "common.cuh"
+#include "vectors.cuh"
 
 using T = ELEMENT;
 using W = WEIGHT;
@@ -34,61 +35,22 @@ constexpr int TAIL = COLUMNS % PER_VEC;                    // elements of that o
 constexpr int REG_VECS = VECS;
 constexpr int IN_SHARED = VECS + SHARED_VECS;  // end of the vectors that are held on the chip
 constexpr int ALL_VECS = IN_SHARED + REREAD_VECS;
-constexpr int ROWS = THREADS > 32 ? 1 : BLOCK / THREADS;  // of a block at a time
-constexpr int WARPS = ceil_div(THREADS, 32);              // of a row
-constexpr bool EVEN = FULL_VECS == ALL_VECS * THREADS;    // every thread has ALL_VECS whole vectors
-constexpr bool KEEP_WEIGHT = KEEP;                        // weights stay in registers from row to row
+constexpr int ROWS = THREADS > 32 ? 1 : BLOCK / THREADS;      // of a block at a time
+constexpr int WARPS = ceil_div(THREADS, 32);                  // of a row
+constexpr bool EVEN = FULL_VECS == ALL_VECS * THREADS;        // every thread has ALL_VECS whole vectors
+constexpr bool KEEP_WEIGHT = KEEP;                            // weights stay in registers from row to row
+constexpr int RING_ROW = (FUSED ? 2 : 1) * REG_VECS * BLOCK;  // vectors of one place in the ring
 
 static_assert(THREADS * ALL_VECS * PER_VEC >= COLUMNS, "the threads cover the row");
 static_assert(THREADS > 32 ? BLOCK == THREADS : BLOCK % 32 == 0, "whole warps");
-static_assert(!PREFETCH || (SHARED_VECS == 0 && REREAD_VECS == 0), "only rows in registers are prefetched");
-
-union Vector {
-    uint4 quad;
-    uint2 pairs[2];
-    u32 words[4];
-    u16 halves[8];
-};
+static_assert(!(PREFETCH || AHEAD) || (SHARED_VECS == 0 && REREAD_VECS == 0), "only rows in registers are prefetched");
+static_assert(AHEAD == 0 || (EVEN && ACCESS == 16), "the ring holds whole vectors");
+static_assert(WALK || !(PREFETCH || AHEAD), "there is a next row");
 
 struct Strides {  // in elements
     i64 outer;
     i64 inner;
 };
-
-// Bytes [begin, begin + 16) of a row whose address is a multiple of A.
-template <int A>
-CUPY_LORA_DEVICE Vector load_whole(const void* p) {
-    Vector v;
-    if constexpr (A == 16) {
-        v.quad = *static_cast<const uint4*>(p);
-    } else if constexpr (A == 8) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) v.pairs[i] = static_cast<const uint2*>(p)[i];
-    } else if constexpr (A == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v.words[i] = static_cast<const u32*>(p)[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v.halves[i] = static_cast<const u16*>(p)[i];
-    }
-    return v;
-}
-
-template <int A>
-CUPY_LORA_DEVICE void store_whole(void* p, const Vector& v) {
-    if constexpr (A == 16) {
-        *static_cast<uint4*>(p) = v.quad;
-    } else if constexpr (A == 8) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) static_cast<uint2*>(p)[i] = v.pairs[i];
-    } else if constexpr (A == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) static_cast<u32*>(p)[i] = v.words[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) static_cast<u16*>(p)[i] = v.halves[i];
-    }
-}
 
 // Where this thread is: its row of the block, and its first vector in that row.
 CUPY_LORA_DEVICE int row_of_block() { return ROWS == 1 ? 0 : static_cast<int>(threadIdx.x) / THREADS; }
@@ -109,7 +71,7 @@ CUPY_LORA_DEVICE int extent(int k) {
 CUPY_LORA_DEVICE Vector load_vector(const T* mine, int k) {
     const int n = extent(k);
     const T* const p = mine + k * STEP;
-    if (n == PER_VEC) return load_whole<ACCESS>(p);
+    if (n == PER_VEC) return load_16<ACCESS>(p);
     Vector v;
     v.quad = make_uint4(0, 0, 0, 0);
     if constexpr (TAIL != 0) {
@@ -131,7 +93,7 @@ CUPY_LORA_DEVICE void store_vector(T* mine, int k, const Vector& v) {
     const int n = extent(k);
     T* const p = mine + k * STEP;
     if (n == PER_VEC) {
-        store_whole<ACCESS>(p, v);
+        store_16<ACCESS>(p, v);
         return;
     }
     if constexpr (TAIL != 0) {
@@ -185,7 +147,7 @@ CUPY_LORA_DEVICE Weights load_weights(const W* mine, int k) {
     if (n == PER_VEC) {
 #pragma unroll
         for (int q = 0; q < Weights::QUADS; ++q) {
-            w.v[q] = load_whole<WEIGHT_ACCESS>(reinterpret_cast<const u8*>(p) + 16 * q);
+            w.v[q] = load_16<WEIGHT_ACCESS>(reinterpret_cast<const u8*>(p) + 16 * q);
         }
         return w;
     }
@@ -317,31 +279,68 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
 
     // Rows past the end go through the same shuffles with zeros; their addresses are row 0's.
     auto valid_row = [&](i64 block_row) { return ROWS == 1 || block_row + row_of_block() < rows; };
-    auto mine = [&](auto* base, const Strides& strides, i64 block_row) {
+    auto offset_of = [&](const Strides& strides, i64 block_row) {
         const i64 row = valid_row(block_row) ? block_row + row_of_block() : 0;
-        return base + row_offset(row, inner, strides) + me * PER_VEC;
+        return row_offset(row, inner, strides) + me * PER_VEC;
     };
-    auto residual_of = [&](i64 block_row) { return FUSED ? mine(residual, residual_strides, block_row) : nullptr; };
+    auto residual_of = [&](i64 block_row) {
+        return FUSED ? residual + offset_of(residual_strides, block_row) : nullptr;
+    };
     auto load_row = [&](i64 block_row) {
-        const T* const in = mine(input, input_strides, block_row);
+        const T* const in = input + offset_of(input_strides, block_row);
         const T* const res = residual_of(block_row);
         if (!valid_row(block_row)) return;
 #pragma unroll
         for (int k = 0; k < REG_VECS; ++k) raw[k] = fetch(in, res, k);
     };
 
-    load_row(first);
+    // The ring: rows on their way in shared memory, one group of copies a row.
+    uint4* const ring = kept + threadIdx.x;
+    auto send_row = [&](i64 block_row, int place) {
+        const T* const in = input + offset_of(input_strides, block_row);
+        const T* const res = residual_of(block_row);
+        if (block_row < rows && valid_row(block_row)) {
+#pragma unroll
+            for (int k = 0; k < REG_VECS; ++k) {
+                ptx::copy_async_16(ring + place * RING_ROW + k * BLOCK, in + k * STEP);
+                if constexpr (FUSED)
+                    ptx::copy_async_16(ring + place * RING_ROW + (REG_VECS + k) * BLOCK, res + k * STEP);
+            }
+        }
+        ptx::copy_async_commit();
+    };
+    auto take_row = [&](int place) {
+#pragma unroll
+        for (int k = 0; k < REG_VECS; ++k) {
+            raw[k].input.quad = ring[place * RING_ROW + k * BLOCK];
+            if constexpr (FUSED) raw[k].residual.quad = ring[place * RING_ROW + (REG_VECS + k) * BLOCK];
+        }
+    };
+
+    if constexpr (AHEAD == 0) {
+        load_row(first);
+    } else {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) send_row(first + i * step, i);
+    }
     if constexpr (KEEP_WEIGHT) {
 #pragma unroll
         for (int k = 0; k < REG_VECS; ++k) weights[k] = load_weights(weight, k);
     }
 
+    int place = 0;
     for (int set = 0;; set ^= 1) {
-        const bool more = first + step < rows;
+        const bool more = WALK && first + step < rows;
         const bool valid = valid_row(first);
-        const T* const in = mine(input, input_strides, first);
+        const T* const in = input + offset_of(input_strides, first);
         T* const res = residual_of(first);
 
+        if constexpr (AHEAD > 0) {
+            ptx::copy_async_wait<AHEAD - 1>();
+            take_row(place);
+            send_row(first + AHEAD * step, place);
+            place = place + 1 == AHEAD ? 0 : place + 1;
+        }
         Vector x[REG_VECS];
 #pragma unroll
         for (int k = 0; k < REG_VECS; ++k) {
@@ -370,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
         const float scale = rsqrtf(row_sum(sum, sums, set) * (1.f / COLUMNS) + epsilon);
 
         if (valid) {
-            T* const to = mine(out, out_strides, first);
+            T* const to = out + offset_of(out_strides, first);
 #pragma unroll
             for (int k = 0; k < REG_VECS; ++k) {
                 give(to, k, x[k], KEEP_WEIGHT ? weights[KEEP_WEIGHT ? k : 0] : load_weights(weight, k), scale);
@@ -389,6 +388,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
 
         if (!more) return;
         first += step;
-        if constexpr (!PREFETCH) load_row(first);
+        if constexpr (!PREFETCH && AHEAD == 0) load_row(first);
     }
 }

@@ -21,6 +21,7 @@
 // Preconditions: k and v rows are (HEADS, DIM) contiguous, row strides and addresses multiples of
 // ACCESS bytes; no two sequences share a page.
 #include "rope.cuh"
+#include "vectors.cuh"
 
 constexpr int ROW_VECS = ROW_BYTES / 16;     // vectors of one head
 constexpr int VECS = HEADS * ROW_VECS;       // vectors of a token's keys
@@ -33,30 +34,6 @@ constexpr i64 HALF_BYTES = static_cast<i64>(HEADS) * PAGE * ROW_BYTES;  // a pag
 static_assert(ROW_BYTES % 16 == 0, "16-byte vectors");
 static_assert(!ROPE || (ROW_BYTES % 32 == 0 && BATCH % 2 == 0), "whole pairs of vectors");
 static_assert(BLOCK % LANES == 0, "whole tokens a block");
-
-union Vector {
-    uint4 quad;
-    uint2 pairs[2];
-    u32 words[4];
-    u16 halves[8];
-};
-
-CUPY_LORA_DEVICE Vector load_vector(const u8* p) {
-    Vector v;
-    if constexpr (ACCESS == 16) {
-        v.quad = *reinterpret_cast<const uint4*>(p);
-    } else if constexpr (ACCESS == 8) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) v.pairs[i] = reinterpret_cast<const uint2*>(p)[i];
-    } else if constexpr (ACCESS == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v.words[i] = reinterpret_cast<const u32*>(p)[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v.halves[i] = reinterpret_cast<const u16*>(p)[i];
-    }
-    return v;
-}
 
 // The entries of a sequence in the tables.
 struct Tables {
@@ -83,16 +60,15 @@ struct Place {
     u32 position;
 };
 
-// `back` counts from the end of the sequence, 0 = its last position; `tokens` must fit in its pages. `fine`: what
-// was checked before; one branch for all of it, so that no load of the tables waits for another's check.
-CUPY_LORA_DEVICE Place destination(const i64* kv_ptrs, i32 num_ptrs, const Tables& of, i32 layer, i32 back, i32 tokens,
-                                   bool fine) {
+// Positions that the pages of a sequence hold; 0 where the tables are wrong.
+CUPY_LORA_DEVICE i64 length_of(const Tables& of, i32 num_ptrs) {
     const bool pages = (of.first >= 0) & (of.end > of.first) & (of.end <= num_ptrs);
-    if (!(fine & pages & (of.last >= 1) & (of.last <= PAGE))) return {nullptr, 0};
-    const i64 length = static_cast<i64>(of.end - of.first - 1) * PAGE + of.last;
-    if (tokens > length) return {nullptr, 0};
-    const u32 position = static_cast<u32>(length - 1 - back);
-    const u64 page = static_cast<u64>(kv_ptrs[of.first + static_cast<i32>(position / PAGE)]);
+    const bool fine = pages & (of.last >= 1) & (of.last <= PAGE);
+    return fine ? static_cast<i64>(of.end - of.first - 1) * PAGE + of.last : 0;
+}
+
+CUPY_LORA_DEVICE Place place_at(const i64* kv_ptrs, i32 first, u32 position, i32 layer) {
+    const u64 page = static_cast<u64>(kv_ptrs[first + static_cast<i32>(position / PAGE)]);
     if (page == 0 || page % 16 != 0) return {nullptr, 0};
     return {reinterpret_cast<u8*>(page) + layer * 2 * HALF_BYTES + (position % PAGE) * ROW_BYTES, position};
 }
@@ -132,7 +108,7 @@ CUPY_LORA_DEVICE void move_token(const u8* k, const u8* v, int lane, Find find R
         for (int b = 0; b < BATCH; ++b) {
             const int e = vector_of(round, b, lane);
             if (2 * VECS % ROUND == 0 || e < 2 * VECS) {
-                held[b] = load_vector(e < VECS ? k + e * 16 : v + (e - VECS) * 16);
+                held[b] = load_16<ACCESS>(e < VECS ? k + e * 16 : v + (e - VECS) * 16);
             }
         }
         if (round == 0) to = find();
@@ -162,27 +138,47 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     const int token = static_cast<int>(blockIdx.x) * TOKENS + static_cast<int>(threadIdx.x) / LANES;
     if (token >= batch) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
-    move_token(k + token * k_stride, v + token * v_stride, lane, [&] {
-        return destination(kv_ptrs, num_ptrs, tables_of(kv_indptr, last_page_offset, token), layer, 0, 1, true);
+    move_token(k + token * k_stride, v + token * v_stride, lane, [&]() -> Place {
+        const Tables tables = tables_of(kv_indptr, last_page_offset, token);
+        const i64 length = length_of(tables, num_ptrs);
+        if (length == 0) return {nullptr, 0};
+        return place_at(kv_ptrs, tables.first, static_cast<u32>(length - 1), layer);
     } ROPE_ARGUMENT);
 }
 
-// How many of table[0 .. count) are <= key, for an ascending table; the same in all lanes of the warp.
-// Each step cuts what is left into 32 parts; a table out of order ends too, with a number of 0 .. count.
-CUPY_LORA_DEVICE int count_at_most(const i32* table, int count, int key) {
+// Where a token's sequence has its pages in kv_ptrs (-1: the token is not to be written), and its position.
+struct Spot {
+    i32 first;
+    u32 position;
+};
+
+// The same in all lanes of the warp. The sequence is the first whose rows end behind the token. Each step cuts the
+// ends that are left into 32 parts; once there is a lane for each sequence that it can be, all that the tables say
+// of them is read at once: one trip to memory for 32 sequences instead of two. A table out of order ends too.
+CUPY_LORA_DEVICE Spot spot_of(const i32* seqlen_indptr, const i32* kv_indptr, const i32* last_page_offset, i32 num_ptrs,
+                              int batch, int tokens, int token) {
+    const i32* const ends = seqlen_indptr + 1;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    int begin = 0;  // table[begin - 1] <= key < table[begin + left]
-    int left = count;
-    while (left > 0) {
+    int begin = 0;  // ends[begin - 1] <= token < ends[begin + left]
+    int left = batch;
+    while (left + (begin + left < batch) > 32) {
         const int stride = (left + 31) / 32;
         const int last = begin + (lane + 1) * stride - 1;  // the last entry of this lane's part
-        const bool below = last < begin + left && table[last] <= key;
-        const int parts = __popc(__ballot_sync(0xffffffffu, below));
-        const int skipped = parts * stride;
+        const bool below = last < begin + left && ends[last] <= token;
+        const int skipped = __popc(__ballot_sync(0xffffffffu, below)) * stride;
         begin += skipped;
         left = left - skipped < stride - 1 ? left - skipped : stride - 1;
     }
-    return begin;
+    const int mine = begin + lane < batch ? begin + lane : batch - 1;
+    const i32 start = seqlen_indptr[mine], end = ends[mine];
+    const Tables tables = tables_of(kv_indptr, last_page_offset, mine);
+    const bool below = lane <= left && begin + lane < batch && end <= token;
+    const int owner = __popc(__ballot_sync(0xffffffffu, below));
+    const i64 length = length_of(tables, num_ptrs);
+    const bool rows = (start >= 0) & (token >= start) & (token < end) & (end <= tokens) & (owner < 32);
+    const i32 first = rows && end - start <= length ? tables.first : -1;
+    const u32 position = static_cast<u32>(length) - static_cast<u32>(end - token);
+    return {__shfl_sync(0xffffffffu, first, owner), __shfl_sync(0xffffffffu, position, owner)};
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
@@ -193,12 +189,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     if (token >= tokens) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
     move_token(k + token * k_stride, v + token * v_stride, lane, [&]() -> Place {
-        const int sequence = count_at_most(seqlen_indptr + 1, batch, token);
-        if (sequence >= batch) return {nullptr, 0};
-        const i32 start = seqlen_indptr[sequence];
-        const i32 end = seqlen_indptr[sequence + 1];
-        const Tables tables = tables_of(kv_indptr, last_page_offset, sequence);
-        const bool fine = (start >= 0) & (token >= start) & (token < end) & (end <= tokens);
-        return destination(kv_ptrs, num_ptrs, tables, layer, end - 1 - token, end - start, fine);
+        const Spot spot = spot_of(seqlen_indptr, kv_indptr, last_page_offset, num_ptrs, batch, tokens, token);
+        return spot.first < 0 ? Place{nullptr, 0} : place_at(kv_ptrs, spot.first, spot.position, layer);
     } ROPE_ARGUMENT);
 }

@@ -238,6 +238,34 @@ CUPY_LORA_DEVICE void copy_async_wait() {
 #endif
 }
 
+// Once this thread's copies so far have landed, it arrives at the barrier (which counts this arrival).
+CUPY_LORA_DEVICE void copy_async_arrive(u64* barrier) {
+#ifndef CUPY_LORA_SIMT
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#else
+    simt::copy_async_arrive(barrier);
+#endif
+}
+
+// A run of bytes by the copy engine (sm_90 on); addresses and size are multiples of 16. The barrier counts the bytes.
+CUPY_LORA_DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
+#ifndef CUPY_LORA_SIMT
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+#else
+    simt::copy_bulk(shared, global, bytes, barrier);
+#endif
+}
+
+// Orders this thread's own accesses to shared memory before the fence with later bulk copies to it.
+CUPY_LORA_DEVICE void fence_bulk() {
+#ifndef CUPY_LORA_SIMT
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // ---- thread-block clusters (sm_90 on) ----------------------------------------------------------
 // The split barrier. The arrive is relaxed: it orders nothing (the plain form compiles to a full
 // memory barrier ahead of the loads, 0.3 us); barriers initialised before it need
@@ -289,9 +317,9 @@ CUPY_LORA_DEVICE void mbarrier_init(u64* barrier, u32 arrivals) {
 #endif
 }
 
-// Makes this thread's mbarrier_init visible to the cluster once it arrives at the cluster barrier.
+// Makes this thread's mbarrier_init visible to the copy engine, and to the cluster once it arrives at its barrier.
 CUPY_LORA_DEVICE void mbarrier_init_fence() {
-#ifndef CUPY_LORA_SIMT
+#if !defined(CUPY_LORA_SIMT) && __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -303,6 +331,37 @@ CUPY_LORA_DEVICE void mbarrier_expect(u64* barrier, u32 bytes) {
                  : "memory");
 #else
     simt::mbarrier_expect(barrier, bytes);
+#endif
+}
+
+// Arrives; what this thread wrote before is visible to those who wait.
+CUPY_LORA_DEVICE void mbarrier_arrive(u64* barrier) {
+#ifndef CUPY_LORA_SIMT
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
+                 : "memory");
+#else
+    simt::mbarrier_expect(barrier, 0);
+#endif
+}
+
+// Waits for the end of the phase of this parity; what was copied or written for it in this block is then visible.
+CUPY_LORA_DEVICE void mbarrier_wait_block(u64* barrier, u32 parity) {
+#ifndef CUPY_LORA_SIMT
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "WAIT_%=:\n"
+#if __CUDA_ARCH__ >= 900
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"  // sleeps for a while
+#else
+        "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+#endif
+        "@!done bra WAIT_%=;\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+#else
+    simt::mbarrier_wait(barrier, parity);
 #endif
 }
 

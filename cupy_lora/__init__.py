@@ -36,9 +36,11 @@ _EXPORTS = {
     "block_tables_to_ragged": "metadata",
     "copy_next_input_ids_inplace": "metadata",
     "prepare_position_slot_ids": "metadata",
+    "prepare_decode_step": "metadata",
     "slots_filtering": "metadata",
     "load_peft": "peft",
     "PeftAdapter": "peft",
+    "warmup": "_warmup",
 }
 _MODULES = ("dispatch", "punica_kernels", "reference")
 

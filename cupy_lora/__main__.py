@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from . import __version__, _device, _env, _jit, _paths, demo, dispatch
+from . import __version__, _cubins, _device, _env, _jit, _paths, _warmup, demo, dispatch
 from ._device import has_gpu_kernels
 from .lora_batch import tile_capacity, tile_heights
 
@@ -32,25 +27,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_arguments(
         commands.add_parser("demo", help="answer requests with several adapters in one batch and check each of them")
     )
-    warm = commands.add_parser("warmup", help="compile a model's LoRA kernels before the first request")
-    warm.add_argument("--model", type=Path, metavar="DIR", help="take the widths from its config.json")
+    warm = commands.add_parser("warmup", help="compile a model's kernels before the first request")
+    warm.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint's folder, or its config.json")
     warm.add_argument("--in-features", type=int, metavar="N", help="or one layer: its input width")
-    warm.add_argument("--out-features", type=int, nargs="+", metavar="N", help="and the width of each of its slices")
-    warm.add_argument("--ranks", type=int, nargs="+", default=[16], metavar="R", help="of the adapters (16)")
-    warm.add_argument(
-        "--tokens", type=int, nargs="+", default=[1, 64, 2048], metavar="N", help="of a batch (1 64 2048)"
-    )
+    warm.add_argument("--out-features", type=_numbers, nargs="+", metavar="N", help="and each slice's width")
+    warm.add_argument("--ranks", type=_numbers, nargs="+", default=[[16]], metavar="R", help="of the adapters (16)")
+    warm.add_argument("--tokens", type=_numbers, nargs="+", metavar="N", help="of a batch (all from 1 to 8192)")
+    warm.add_argument("--max-adapters", type=int, default=64, metavar="N", help="slots of the weights (64)")
     warm.add_argument("--dtype", choices=sorted(demo.DTYPES), default="float16")
+    warm.add_argument("--arch", type=int, metavar="N", help="for this compute capability (90 for 9.0), without a GPU")
+    warm.add_argument("--sms", type=int, metavar="N", help="multiprocessors of that GPU, where it is not the usual one")
+    warm.add_argument("--cubins", type=Path, metavar="DIR", help="write the machine code here, for CUPY_LORA_CUBINS")
+    warm.add_argument("--jobs", type=int, metavar="N", help="threads that compile (one a core)")
     options = parser.parse_args(argv)
     try:
         if options.command == "info":
             return info()
         if options.command == "demo":
             return demo.run(options)
-        return warmup(options)
+        for name in ("out_features", "ranks", "tokens"):
+            values = getattr(options, name)
+            setattr(options, name, None if values is None else [number for some in values for number in some])
+        return _warmup.main(options)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _numbers(text: str) -> list[int]:
+    """``8,16,64`` as numbers."""
+    return [int(part) for part in text.split(",")]
 
 
 def info() -> int:
@@ -109,8 +115,7 @@ def _device_rows() -> list[tuple[str, str]]:
         import cupy
     except ImportError as error:
         return [("device", f"CPU (no CuPy: {error})")]
-    cache = os.environ.get("CUPY_CACHE_DIR") or str(Path.home() / ".cupy" / "kernel_cache")
-    rows = [("kernel cache", cache)]
+    rows = [("kernel cache", str(_cubins.cache_folder()))]
     runtime = cupy.cuda.runtime
     try:
         count = runtime.getDeviceCount()
@@ -129,42 +134,6 @@ def _device_rows() -> list[tuple[str, str]]:
             )
         )
     return rows
-
-
-def warmup(options: argparse.Namespace) -> int:
-    """Compile every LoRA kernel that the given layers need, by running each once on zeros."""
-    from . import LoraBatch, LoraWeights, add_lora
-    from ._llama import GROUPS, read_config
-
-    one_layer = options.in_features is not None and options.out_features is not None
-    if one_layer == (options.model is not None):
-        raise ValueError("warmup: expected --model, or --in-features with --out-features, got neither or both")
-    if not has_gpu_kernels():
-        raise ValueError("warmup: expected a GPU and CuPy (without them there is nothing to compile), got none")
-    import cupy
-
-    if one_layer:
-        layers = [(options.in_features, tuple(options.out_features))]
-    else:
-        config = read_config(options.model)
-        layers = sorted({config.widths(group) for group in GROUPS})
-    dtype: np.dtype[Any] = demo.DTYPES[options.dtype]
-    slots = len(options.ranks)
-    for width, slices in layers:
-        begun = time.perf_counter()
-        weights = LoraWeights(width, slices, max_adapters=slots, dtype=dtype)
-        for slot, rank in enumerate(options.ranks):
-            a, b = np.zeros((rank, width), dtype), [np.zeros((out, rank), dtype) for out in slices]
-            weights.load(slot, [a] * len(slices), b)
-        for tokens in options.tokens:
-            batch = LoraBatch(tokens, max_adapters=slots)
-            x, y = cupy.zeros((tokens, width), dtype), cupy.zeros((tokens, sum(slices)), dtype)
-            for indices in (np.zeros(tokens, np.int32), np.arange(tokens, dtype=np.int32) % slots):
-                batch.update(indices)
-                add_lora(y, x, weights, batch)
-        cupy.cuda.get_current_stream().synchronize()
-        print(f"{width} -> {' + '.join(map(str, slices))}: {time.perf_counter() - begun:.2f} s")
-    return 0
 
 
 if __name__ == "__main__":

@@ -123,6 +123,33 @@ def _torch_dtypes(torch: Any) -> dict[Any, np.dtype[Any]]:
     return _TORCH_DTYPES
 
 
+_OTHER, _NUMPY, _CUPY, _TORCH, _VIEW, _NONE = range(6)
+_KINDS: dict[type, int] = {np.ndarray: _NUMPY, Array: _VIEW, type(None): _NONE}  # of the types met so far
+
+
+def _kind(obj: Any) -> int:
+    """What reads this object; subclasses (torch.nn.Parameter) as what they derive from."""
+    found = _KINDS.get(type(obj))
+    if found is not None:
+        return found
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if isinstance(obj, np.ndarray):
+        kind = _NUMPY
+    elif torch is not None and isinstance(obj, torch.Tensor):
+        kind = _TORCH
+    elif cupy is not None and isinstance(obj, cupy.ndarray):
+        kind = _CUPY
+    else:
+        return _OTHER  # not kept: another object of this type may carry another protocol
+    _KINDS[type(obj)] = kind
+    return kind
+
+
+def is_torch(obj: Any) -> bool:
+    """Whether it is a torch tensor, so that torch's stream is the caller's."""
+    return _kind(obj) == _TORCH
+
+
 def view(name: str, obj: Any) -> Array:
     """The caller's array as an :class:`Array`, without a copy.
 
@@ -131,17 +158,69 @@ def view(name: str, obj: Any) -> Array:
     TypeError
         If ``obj`` is not an array, or has a dtype that no kernel takes.
     """
-    if isinstance(obj, Array):
-        return obj
-    if isinstance(obj, np.ndarray):
-        return _from_numpy(obj)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(obj, torch.Tensor):
-        return _from_torch(name, obj, torch)
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(obj, cupy.ndarray):
+    kind = _kind(obj)
+    if kind == _VIEW:
+        return obj  # type: ignore[no-any-return]
+    if kind == _CUPY:
         return _from_cupy(obj)
+    if kind == _TORCH:
+        return _from_torch(name, obj, sys.modules["torch"])
+    if kind == _NUMPY:
+        return _from_numpy(obj)
     return _from_protocol(name, obj)
+
+
+def views(names: Sequence[str], objs: Sequence[Any]) -> tuple[Array, ...]:
+    """:func:`view` of each."""
+    return tuple(view(name, obj) for name, obj in zip(names, objs, strict=True))
+
+
+def read(names: Sequence[str], objs: Sequence[Any]) -> tuple[list[Any], list[int], Sequence[Any], bool]:
+    """What calls are told apart by: of CuPy arrays and torch tensors without a view of them, which costs more.
+
+    Parameters
+    ----------
+    names : sequence of str
+        For errors.
+    objs : sequence of array or None
+
+    Returns
+    -------
+    layout : list
+        Hashable: shape, strides, dtype, device and address modulo 16 of each.
+    pointers : list of int
+        Address of each; 0 for None.
+    objs : sequence
+        What was passed, with an :class:`Array` in place of what is neither CuPy's nor torch's (on a GPU).
+    on_torch : bool
+        Whether one of them is torch's, so that its stream is the caller's.
+    """
+    layout: list[Any] = []
+    pointers: list[int] = []
+    on_torch = False
+    for at, obj in enumerate(objs):
+        kind = _KINDS.get(type(obj)) or _kind(obj)
+        if kind == _CUPY:
+            data = obj.data
+            pointer = data.ptr
+            # Strides in bytes here and in elements below: the dtype (torch's own) and the nesting keep them apart.
+            layout += (obj.shape, obj.strides, obj.dtype, data.device_id, pointer & 15)
+        elif kind == _TORCH and obj.is_cuda:
+            pointer = obj.data_ptr()
+            layout += (obj.shape, obj.stride(), obj.dtype, obj.get_device(), pointer & 15)
+            on_torch = True
+        elif kind == _NONE:
+            pointer = 0
+            layout.append(None)
+        else:
+            array = view(names[at], obj)
+            pointer = array.ptr
+            layout.append((array.shape, array.strides, array.dtype, array.device, pointer & 15))
+            if kind != _VIEW:
+                objs = [*objs[:at], array, *objs[at + 1 :]]
+            on_torch = on_torch or is_torch(array.obj)
+        pointers.append(pointer)
+    return layout, pointers, objs, on_torch
 
 
 def _from_numpy(obj: np.ndarray) -> Array:
@@ -256,9 +335,24 @@ def stream_for(device: int, *objs: Any) -> Any:
     """The caller's stream: torch's current one where a torch tensor was passed, else CuPy's; None on the host."""
     if device == CPU:
         return None
-    torch = sys.modules.get("torch")
-    if torch is not None and any(isinstance(obj, torch.Tensor) for obj in objs):
-        return _torch_stream(torch, device)
+    if any(is_torch(obj) for obj in objs):
+        return _torch_stream(device)
+    return _jit._cupy().cuda.get_current_stream(device)
+
+
+def handle_for(device: int, on_torch: bool) -> int:
+    """The handle of :func:`stream_for`'s stream of a GPU."""
+    if on_torch:
+        # torch.cuda.current_stream() builds an object each call (about 2 us); the raw handle does not.
+        handle: int = sys.modules["torch"]._C._cuda_getCurrentRawStream(device)
+        return handle
+    return _jit.stream_handle(device)
+
+
+def stream_of(device: int, on_torch: bool) -> Any:
+    """:func:`stream_for` where it is known whether a torch tensor was passed."""
+    if on_torch:
+        return _torch_stream(device)
     return _jit._cupy().cuda.get_current_stream(device)
 
 
@@ -275,9 +369,8 @@ class _RawStream:
 _TORCH_STREAMS: dict[tuple[int, int], Any] = {}
 
 
-def _torch_stream(torch: Any, device: int) -> Any:
-    # torch.cuda.current_stream() builds an object each call (about 2 us); the raw handle does not.
-    handle = torch._C._cuda_getCurrentRawStream(device)
+def _torch_stream(device: int) -> Any:
+    handle = handle_for(device, True)
     stream = _TORCH_STREAMS.get((device, handle))
     if stream is None:
         cupy = _jit._cupy()
@@ -294,5 +387,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
     if device == CPU:
         return np.empty(shape, dtype)
     cupy = _jit._cupy()
+    if cupy.cuda.runtime.getDevice() == device:  # a third of what the context of a Device costs
+        return cupy.ndarray(shape, dtype)
     with cupy.cuda.Device(device):
-        return cupy.empty(shape, dtype)
+        return cupy.ndarray(shape, dtype)

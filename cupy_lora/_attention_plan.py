@@ -17,10 +17,11 @@ _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16"}
 _LOG2E: Final = math.log2(math.e)
 _RESERVED: Final = 1024  # bytes of shared memory that the system takes of each block
 _NEAR: Final = 8  # positions of the near table of attention_stage.cuh
-_UNIT: Final = 36  # bytes of the struct Unit of attention_decode.cuh
+_BULK_MIN: Final = 1024  # bytes of the smallest copy that the copy engine is asked for
 
 CHUNK_MIN: Final = 256  # keys of the smallest chunk of decode
 COUNTERS: Final = 1 << 14  # int32 at the start of a workspace
+TICKETS: Final = 4  # the first of them: what hands out units to blocks
 SPLIT_LOAD: Final = 1.0  # a sequence is split where it has more keys than this times a block's fair share
 
 
@@ -46,6 +47,8 @@ class TileConfig:
         16-row blocks of queries of each warp (prefill; 1 in decode).
     resident : int
         Blocks that a multiprocessor shall hold.
+    bulk : bool
+        Whether the copy engine brings the tiles (decode).
     """
 
     warps: int
@@ -53,6 +56,7 @@ class TileConfig:
     stages: int
     blocks: int
     resident: int
+    bulk: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def _aligned(*sizes: int) -> int:
 
 
 def _tile_bytes(dim: int, rope: bool, warps: int, tile: int, stages: int) -> tuple[int, ...]:
-    """Shared memory of what both kernels have: ``Staging`` and the scan."""
+    """Shared memory of ``Staging`` and the scan of batch_prefill."""
     far = math.ceil(min(32 * warps // (dim // 16), tile) / _NEAR)
     tables = ((_NEAR + 1) * dim * 4, far * dim * 4) if rope else ()
     return (stages * 2 * tile * (2 * dim + 16), stages * tile * 8, *tables, (warps + 1) * 8)
@@ -84,11 +88,15 @@ def _tile_bytes(dim: int, rope: bool, warps: int, tile: int, stages: int) -> tup
 
 def decode_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) -> int:
     """Dynamic shared memory of batch_decode: the map in attention_decode.cuh."""
-    rows = min(group, 16)
-    parts = config.warps * rows * ((32 if dim % 32 == 0 else 16) + 8) * 4
-    joined = (parts, config.warps * rows * 8, rows * dim * 4, 2 * rows * 8, 4)
-    own = (config.stages * rows * (2 * dim + 16), dim * 4 if rope else 0, 3 * config.stages * _UNIT)
-    return _aligned(*own, *_tile_bytes(dim, rope, config.warps, config.tile, config.stages), *joined)
+    rows, warps, stages = min(group, 16), config.warps, config.stages
+    unit = 4 if dim % 64 == 0 else 2 if dim % 32 == 0 else 1
+    ring = (
+        *(stages * 2 * (2 * config.tile * dim + 4 * 32), stages * rows * 2 * dim, stages * 48),
+        *(0 if config.bulk else config.tile * 8, (2 * stages + 1) * 8),
+    )
+    turned = (16 * (4 * dim + (0 if dim % 32 else 64)), warps * dim // 16 * min(rows, 8) * 64) if rope else ()
+    joined = (warps * rows * (16 * unit + 4) * 4, warps * rows * 8, rows * dim * 4, 2 * rows * 8)
+    return _aligned(*ring, *turned, *joined, 32 * (warps + 1) * 8, (warps + 1) * 8, 4)
 
 
 def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
@@ -100,17 +108,18 @@ def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
 
 
 @functools.cache
-def choose_decode(dim: int, group: int, rope: bool, arch: int) -> TileConfig:
+def choose_decode(dim: int, group: int, page_size: int, rope: bool, arch: int) -> TileConfig:
     """The block of decode: as many bytes under way as fit, two blocks a multiprocessor where they do.
 
     The number of warps fixes the order of the sums.
     """
     block_limit, limit = shared_limits(arch)
     for warps in (4, 2, 1) if dim <= 128 else (2, 1):
+        bulk = arch >= 90 and math.gcd(page_size, 4 * warps) * dim * 2 >= _BULK_MIN
         best: tuple[tuple[int, int], TileConfig] | None = None
         for resident in (1, 2, 3):
             for stages in (2, 3, 4):
-                config = TileConfig(warps, 16 * warps, stages, 1, resident)
+                config = TileConfig(warps, 16 * warps, stages, 1, resident, bulk)
                 size = decode_shared_bytes(dim, group, rope, config)
                 if size > block_limit or resident * (size + _RESERVED) > limit:
                     continue
@@ -165,12 +174,13 @@ def _defines(shape: Shape, config: TileConfig) -> tuple[tuple[str, int | str], .
 @functools.cache
 def decode_kernel(shape: Shape, arch: int) -> tuple[Kernel, TileConfig]:
     """The specialisation of batch_decode."""
-    config = choose_decode(shape.dim, shape.group, shape.rope, arch)
+    config = choose_decode(shape.dim, shape.group, shape.page_size, shape.rope, arch)
     units = shape.kv_heads * math.ceil(shape.group / 16)
-    own = (("MODE", 0), ("CHUNK_MIN", CHUNK_MIN), ("CHUNK_SPREAD", 8 * units))
+    chunks = (("CHUNK_MIN", CHUNK_MIN), ("CHUNK_SPREAD", 8 * units), ("TICKETS", TICKETS))
+    own = (("MODE", 0), ("COPY_BULK", int(config.bulk)), *chunks)
     shared = decode_shared_bytes(shape.dim, shape.group, shape.rope, config)
-    kernel = Kernel("attention", "batch_decode", (*own, *_defines(shape, config)), 32 * config.warps, shared)
-    return kernel, config
+    threads = 32 * config.warps + 32
+    return Kernel("attention", "batch_decode", (*own, *_defines(shape, config)), threads, shared), config
 
 
 @functools.cache
@@ -217,7 +227,7 @@ def shape_of(q: Array, out: Array, kv_heads: int, page_size: int, causal: bool, 
 def partial_slots(nbytes: int, heads: int, kv_heads: int, dim: int) -> int:
     """Chunks whose partial results a workspace holds."""
     units = kv_heads * math.ceil(heads // kv_heads / 16)
-    return max(min((nbytes - 4 * COUNTERS) // (heads * (dim + 4) * 4), COUNTERS // units), 0)
+    return max(min((nbytes - 4 * COUNTERS) // (heads * (dim + 4) * 4), (COUNTERS - TICKETS) // units), 0)
 
 
 def parts_of(workspace: Array, q: Array, kv_heads: int) -> tuple[Array, Array, Array]:

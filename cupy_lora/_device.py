@@ -51,14 +51,15 @@ def resolve(device: Any) -> int:
 
 
 def filled(shape: tuple[int, ...], dtype: np.dtype[Any], device: int, value: int) -> Any:
-    """A new array of one value, there for every stream: waits for the device once."""
+    """A new integer array of 0 or -1, there for every stream: waits for the device once."""
     array = _arrays.empty(shape, dtype, device)
     if device == CPU:
         array.fill(value)
         return array
     cupy = _jit._cupy()
     with cupy.cuda.Device(device):
-        array.fill(value)
+        # Both are bytes that repeat. CuPy's own fill compiles a kernel for -1, at a process's first use.
+        array.data.memset_async({0: 0, -1: 0xFF}[value], array.nbytes)
         cupy.cuda.get_current_stream().synchronize()
     return array
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _paths
+from . import _cubins, _paths
 
 if TYPE_CHECKING:
     from ._arrays import Array
 
 OLDEST_ARCH = 80
 _PORTABLE_CLUSTER = 8  # larger clusters need an opt-in attribute on the function
+_ATTR_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ATTR_NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 _DEFAULT_SHARED = 48 * 1024  # dynamic shared memory above this is an opt-in of the function
 
@@ -69,7 +71,7 @@ class Launch:
 def compile_options(arch: int, defines: tuple[tuple[str, int | str], ...]) -> tuple[str, ...]:
     """NVRTC options for compute capability ``arch`` (90 = 9.0); the architecture itself excepted.
 
-    CuPy adds ``-ftz=true`` and the architecture; a compile without CuPy must add both.
+    ``_cubins.options`` adds ``-ftz=true``, as CuPy would, and the architecture.
     """
     del arch  # one set of options serves every architecture so far
     return (
@@ -80,12 +82,12 @@ def compile_options(arch: int, defines: tuple[tuple[str, int | str], ...]) -> tu
 
 
 def source_text(kernel: Kernel) -> str:
-    """The translation unit: the file, with the digest of all sources in it for the disk cache."""
-    return f'// {_paths.source_digest()}\n#include "{kernel.source}.cu"\n'
+    """The translation unit that holds a kernel."""
+    return _cubins.source_text(kernel.source)
 
 
 _host_runner: Callable[[Launch], None] | None = None
-_compile_lock = threading.Lock()
+_load_lock = threading.Lock()
 _modules: dict[tuple[int, str, tuple[tuple[str, int | str], ...]], Any] = {}
 
 
@@ -106,27 +108,176 @@ def has_host_runner() -> bool:
 
 
 def run(launch: Launch, device: int, stream: Any = None) -> None:
-    """Run a plan: on the CPU runner for host arrays (device -1), else on ``stream`` of that GPU."""
+    """Run a plan once: on the CPU runner for host arrays (device -1), else on ``stream`` of that GPU."""
     if device < 0:
         if _host_runner is None:
             raise RuntimeError("cupy_lora: a kernel was launched over host arrays with no CPU runner active")
+        _told(launch)
         _host_runner(launch)
-        return
-    if 0 in launch.grid:
-        return
-    kernel = launch.kernel
-    function = kernel.functions.get(device)
-    if function is None:
-        function = _function(kernel, device)
-    args = [0 if arg is None else arg.ptr if hasattr(arg, "ptr") else arg for arg in launch.args]
-    cupy = _cupy()
-    if cupy.cuda.runtime.getDevice() == device:
-        function(launch.grid, (kernel.block, 1, 1), args, shared_mem=kernel.shared, stream=stream)
-    else:
-        with cupy.cuda.Device(device):
-            function(launch.grid, (kernel.block, 1, 1), args, shared_mem=kernel.shared, stream=stream)
-    if _imported:
-        _keep_imported(cupy, device, stream)
+    elif 0 not in launch.grid:
+        Ready(launch, device)((), stream_handle(device) if stream is None else stream.ptr)
+
+
+_watcher: Callable[[Any], None] | None = None
+
+
+@contextlib.contextmanager
+def watcher(see: Callable[[Any], None]) -> Iterator[None]:
+    """Within this context, ``see`` is told of each launch: an object with its ``kernel`` and its ``grid``."""
+    global _watcher
+    before, _watcher = _watcher, see
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+def _told(launch: Any) -> None:
+    if _watcher is not None:
+        _watcher(launch)
+
+
+class _Driver:
+    """The functions of CuPy that every launch calls."""
+
+    def __init__(self) -> None:
+        cuda = _cupy().cuda
+        self.launch_kernel = cuda.driver.launchKernel
+        self.current_device = cuda.runtime.getDevice
+        self.current_stream = cuda.get_current_stream
+        self.make_context = cuda.runtime.memGetInfo
+        self.use_device = cuda.Device
+
+
+_driver: _Driver | None = None
+
+
+def _load_driver() -> _Driver:
+    global _driver
+    _driver = _Driver()
+    return _driver
+
+
+class _Thread(threading.local):
+    """The GPUs whose context this thread has: the driver launches nothing without, and only a runtime call makes it."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_thread = _Thread()
+
+
+def stream_handle(device: int) -> int:
+    """The handle of CuPy's current stream on a GPU."""
+    handle: int = (_driver or _load_driver()).current_stream(device).ptr
+    return handle
+
+
+_Frame = tuple["array.array[int]", "array.array[int]", int]
+
+
+class Ready:
+    """A launch as the driver takes it: function, sizes, and arguments in memory; pointers may come with each call.
+
+    CuPy's own call turns each argument into an object of its own, 0.3 us each; here a call writes the
+    addresses that differ from the last one's.
+
+    Parameters
+    ----------
+    launch : Launch
+        Its grid is not empty. Array arguments are packed by their addresses.
+    device : int
+        Number of the GPU.
+    places : sequence of (int, int, int)
+        Arguments that come with each call: position, index into the call's pointers, bytes to add.
+    """
+
+    __slots__ = ("_device", "_frames", "_offsets", "_places", "_sizes", "_words", "grid", "kernel")
+
+    def __init__(self, launch: Launch, device: int, places: Sequence[tuple[int, int, int]] = ()) -> None:
+        kernel = self.kernel = launch.kernel
+        self.grid = launch.grid
+        self._device = device
+        function = kernel.functions.get(device)
+        if function is None:
+            function = _function(kernel, device)
+        self._sizes = (function.ptr, *launch.grid, kernel.block, 1, 1, kernel.shared)
+        self._words, self._offsets = pack(launch.args)
+        self._places = [(self._offsets[position] // 8, index, delta) for position, index, delta in places]
+        # Two threads may make the same call at once, and the driver copies the arguments with the interpreter's lock
+        # released: each takes a frame of its own.
+        self._frames: list[_Frame] = []
+
+    def __call__(
+        self, pointers: Sequence[int], stream: int, values: Sequence[tuple[int, np.generic | np.ndarray]] = ()
+    ) -> None:
+        """Launch on the stream of this handle.
+
+        Parameters
+        ----------
+        pointers : sequence of int
+            Addresses of the arrays that come with each call.
+        stream : int
+        values : sequence of (int, numpy integer or array)
+            Arguments that this call replaces, by position: integers, not negative, and structs of whole 8-byte
+            words. Each call replaces the same ones.
+        """
+        try:
+            frame = self._frames.pop()
+        except IndexError:
+            frame = self._frame()
+        words, _, address = frame
+        for word, index, delta in self._places:
+            words[word] = pointers[index] + delta
+        for position, value in values:
+            word = self._offsets[position] // 8
+            if isinstance(value, np.ndarray):
+                raw = array.array("Q", value.tobytes())
+                words[word : word + len(raw)] = raw
+            else:
+                words[word] = int(value)
+        driver = _driver or _load_driver()
+        device = self._device
+        if _watcher is not None:
+            _watcher(self)
+        if device in _thread.devices and driver.current_device() == device:
+            driver.launch_kernel(*self._sizes, stream, address, 0)
+        else:
+            with driver.use_device(device):
+                if device not in _thread.devices:
+                    driver.make_context()
+                    _thread.devices.add(device)
+                driver.launch_kernel(*self._sizes, stream, address, 0)
+        self._frames.append(frame)
+        if _imported:
+            _keep_imported(device, stream)
+
+    def _frame(self) -> _Frame:
+        words = self._words[:]
+        base = words.buffer_info()[0]
+        addresses = array.array("Q", [base + offset for offset in self._offsets])
+        return words, addresses, addresses.buffer_info()[0]
+
+
+def pack(args: Sequence[Array | np.generic | np.ndarray | None]) -> tuple[array.array[int], list[int]]:
+    """The arguments of a kernel in 8-byte words, and the offset in bytes of each."""
+    words: array.array[int] = array.array("Q")
+    offsets = []
+    for arg in args:
+        offsets.append(8 * len(words))
+        if arg is None:
+            words.append(0)
+        elif isinstance(arg, (np.generic, np.ndarray)):
+            if arg.size != 1:
+                raise TypeError(f"argument {len(offsets) - 1}: expected one value, got an array of shape {arg.shape}")
+            raw = arg.tobytes()
+            words.frombytes(raw + bytes(-len(raw) % 8))
+        elif hasattr(arg, "ptr"):
+            words.append(arg.ptr)
+        else:  # a Python number says nothing of the parameter's type
+            raise TypeError(f"argument {len(offsets) - 1}: expected an Array or a NumPy value, got {arg!r}")
+    return words, offsets
 
 
 # Arrays that came by DLPack from a library with streams of its own (JAX): it may give their memory to its next
@@ -140,17 +291,16 @@ def keep_imported(obj: Any) -> None:
     _imported.append(obj)
 
 
-def _keep_imported(cupy: Any, device: int, stream: Any) -> None:
+def _keep_imported(device: int, stream: int) -> None:
+    runtime = _cupy().cuda.runtime
     _kept[:] = [entry for entry in _kept if not entry[0].done]
     objs = _imported.copy()
     _imported.clear()
-    if stream is None:
-        stream = cupy.cuda.get_current_stream(device)
     # Under capture there is nothing to wait for: who captures keeps the arrays for the replays.
-    if not cupy.cuda.runtime.streamIsCapturing(stream.ptr):
-        with cupy.cuda.Device(device):
-            event = cupy.cuda.Event(disable_timing=True)
-            event.record(stream)
+    if not runtime.streamIsCapturing(stream):
+        with _cupy().cuda.Device(device):
+            event = _cupy().cuda.Event(disable_timing=True)
+            runtime.eventRecord(event.ptr, stream)
         _kept.append((event, objs))
 
 
@@ -197,32 +347,26 @@ def device_facts(device: int) -> DeviceFacts:
 
 
 def _function(kernel: Kernel, device: int) -> Any:
+    """The kernel on a GPU, loaded at its first use there."""
     cupy = _cupy()
     arch = device_arch(device)
-    with _compile_lock, cupy.cuda.Device(device):
+    key = (device, kernel.source, kernel.defines)
+    code = b"" if key in _modules else _cubins.cubin(kernel, arch)  # before the lock: threads may compile at once
+    with _load_lock, cupy.cuda.Device(device):
         if device in kernel.functions:
             return kernel.functions[device]
-        key = (device, kernel.source, kernel.defines)
         module = _modules.get(key)
         if module is None:
-            module = cupy.RawModule(
-                code=source_text(kernel), options=compile_options(arch, kernel.defines), backend="nvrtc"
-            )
-            try:
-                module.compile()
-            except cupy.cuda.compiler.CompileException as error:
-                raise RuntimeError(
-                    f"cupy_lora: {kernel.source}.cu did not compile for sm_{arch} with "
-                    f"{dict(kernel.defines)}; the compiler said:\n{error}"
-                ) from error
+            module = cupy.cuda.Module()
+            module.load(code)
             _modules[key] = module
-        raw = module.get_function(kernel.symbol)
-        if kernel.shared > max(_DEFAULT_SHARED, raw.max_dynamic_shared_size_bytes):
-            raw.max_dynamic_shared_size_bytes = kernel.shared
-        function = raw.kernel
+            _cubins.forget(kernel, arch)
+        function = module.get_function(kernel.symbol)
+        driver = cupy.cuda.driver
+        shared = max(_DEFAULT_SHARED, driver.funcGetAttribute(_ATTR_MAX_DYNAMIC_SHARED, function.ptr))
+        if kernel.shared > shared:
+            driver.funcSetAttribute(function.ptr, _ATTR_MAX_DYNAMIC_SHARED, kernel.shared)
         if kernel.cluster > _PORTABLE_CLUSTER:
-            from cupy_backends.cuda.api import driver
-
             driver.funcSetAttribute(function.ptr, _ATTR_NON_PORTABLE_CLUSTER, 1)
         kernel.functions[device] = function
         return function

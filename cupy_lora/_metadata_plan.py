@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from ._lora_checks import integer
 RAGGED_TOTAL = 6  # position of the result's length among the arguments of the ragged launch
 
 _BLOCK = 256
+_MOST_CHUNKS = 65535  # of the grid's y
 _PER_THREAD = 8  # entries of a row that a thread of the ragged kernels copies: PER_THREAD there
-_ITEMS = 4  # items of a row per thread in the other kernels, before they walk
 _ROLES = {
     "INPUT_LENGTH": "i32",
     "CACHE_LENGTH": "i32",
@@ -34,21 +35,57 @@ _ROLES = {
 }
 
 
+@dataclass(frozen=True)
+class Shape:
+    """How the threads of a kernel that goes by rows share them.
+
+    Attributes
+    ----------
+    block : int
+        Threads of a block.
+    lanes : int
+        Threads of a row; the block has ``block / lanes`` rows.
+    items : int
+        Items of its row that a thread has in flight.
+    """
+
+    block: int
+    lanes: int
+    items: int
+
+
+def choose_shape(hint: int, *, computed: bool = False) -> Shape:
+    """The shape for rows of up to ``hint`` items; pure. The result does not depend on it.
+
+    A decode step's rows have one item: a thread each, in small blocks, so that the rows of a batch spread over the
+    multiprocessors. Items that are copied wait for memory, so a thread has four in flight; ``computed`` ones do not.
+    """
+    if hint == 1:
+        return Shape(64, 1, 1)
+    if hint <= 128:
+        return Shape(128, 32, 4)
+    return Shape(256, 256, 2) if computed else Shape(128, 128, 4)
+
+
 @functools.cache
 def metadata_kernel(
-    symbol: str, lanes: int, roles: tuple[tuple[str, np.dtype[Any]], ...], schedule: _jit.Kernel | None = None
+    symbol: str,
+    shape: Shape | None,
+    roles: tuple[tuple[str, np.dtype[Any]], ...],
+    schedule: _jit.Kernel | None = None,
 ) -> _jit.Kernel:
     """One kernel for the integer types of its arrays.
 
-    ``lanes`` threads share a row (0: the ragged kernels); ``schedule`` is the kernel whose blocks the step takes over.
+    ``shape`` is None for the ragged kernels; ``schedule`` is the kernel whose blocks the step takes over.
     """
     types = {**_ROLES, **{role: "i32" if dtype == INT32 else "i64" for role, dtype in roles}}
-    block, shared = _BLOCK, 256 if lanes == 0 else 0
+    block, shared = (_BLOCK, 256) if shape is None else (shape.block, 0)
     defines: tuple[tuple[str, int | str], ...] = (*types.items(), ("SCHEDULE", int(schedule is not None)))
     if schedule is not None:
         block, shared = schedule.block, max(shared, schedule.shared)
         defines += schedule.defines
-    defines += (("BLOCK", block), ("LANES", lanes or block))
+    lanes, items = (block, 1) if shape is None else (shape.lanes, shape.items)
+    defines += (("BLOCK", block), ("LANES", lanes), ("ITEMS", items))
     return _jit.Kernel("metadata", symbol, defines, block, shared)
 
 
@@ -56,11 +93,9 @@ def _hint(name: str, value: Any) -> int:
     return max(1, integer(name, value, -(2**62)))
 
 
-def _by_rows(rows: int, hint: int) -> tuple[int, int, int]:
-    """Threads per row, blocks per group of rows, and the grid."""
-    lanes = 1 if hint == 1 else 32 if hint <= 32 * _ITEMS else _BLOCK
-    chunks = min(-(-hint // (lanes * _ITEMS)), 1024)
-    return lanes, chunks, -(-rows // (_BLOCK // lanes)) * chunks
+def _row_grid(shape: Shape, rows: int, hint: int) -> tuple[int, int, int]:
+    """Blocks for all rows, and for all chunks of a row of ``hint`` items."""
+    return -(-rows // (shape.block // shape.lanes)), min(-(-hint // (shape.lanes * shape.items)), _MOST_CHUNKS), 1
 
 
 def _stride(array: Array) -> np.int64:
@@ -68,20 +103,17 @@ def _stride(array: Array) -> np.int64:
     return stride
 
 
-def _ragged_grid(table: Array, batch: int, max_current_length: Any, block: int = _BLOCK) -> tuple[int, int]:
+def _ragged_grid(table: Array, batch: int, max_current_length: Any, block: int = _BLOCK) -> tuple[int, int, int]:
     longest = min(_hint("max_current_length", max_current_length), max(table.shape[1], 1))
-    chunks = min(-(-longest // (_PER_THREAD * block)), 2**30 // batch)
-    return chunks, chunks * batch
+    return batch, min(-(-longest // (_PER_THREAD * block)), _MOST_CHUNKS), 1
 
 
 def ragged(table: Array, new: Array, cached: Array, out: Array, max_current_length: int) -> _jit.Launch:
     """The launch of :func:`cupy_lora.block_tables_to_ragged` for checked arrays."""
-    chunks, grid = _ragged_grid(table, new.shape[0], max_current_length)
     roles = (("TABLE", table.dtype), ("INPUT_LENGTH", new.dtype), ("CACHE_LENGTH", cached.dtype))
-    kernel = metadata_kernel("block_tables_to_ragged", 0, (*roles, ("RAGGED", out.dtype)))
     return _jit.Launch(
-        kernel,
-        (grid, 1, 1),
+        metadata_kernel("block_tables_to_ragged", None, (*roles, ("RAGGED", out.dtype))),
+        _ragged_grid(table, new.shape[0], max_current_length),
         (
             table,
             _stride(table),
@@ -90,7 +122,6 @@ def ragged(table: Array, new: Array, cached: Array, out: Array, max_current_leng
             cached,
             out,
             np.uint32(out.shape[0]),
-            np.int32(chunks),
         ),
     )
 
@@ -108,7 +139,7 @@ def decode_step(
     max_current_length: int,
     schedule: _jit.Launch | None = None,
 ) -> _jit.Launch:
-    """The launch of :func:`cupy_lora.metadata.prepare_decode_step` for checked arrays.
+    """The launch of :func:`cupy_lora.prepare_decode_step` for checked arrays.
 
     ``schedule`` is the launch of ``LoraBatch.update``, which becomes the first blocks of this one.
     """
@@ -121,12 +152,12 @@ def decode_step(
         ("POSITION", positions.dtype),
         ("SLOT_INDEX", indices.dtype),
     )
-    kernel = metadata_kernel("decode_step", 0, roles, None if schedule is None else schedule.kernel)
-    chunks, grid = _ragged_grid(table, new.shape[0], max_current_length, kernel.block)
+    kernel = metadata_kernel("decode_step", None, roles, None if schedule is None else schedule.kernel)
+    batch, chunks, _ = _ragged_grid(table, new.shape[0], max_current_length, kernel.block)
     ahead = 0 if schedule is None else schedule.grid[0]
     return _jit.Launch(
         kernel,
-        (ahead + grid, 1, 1),
+        (ahead + batch, chunks, 1),
         (
             table,
             _stride(table),
@@ -135,7 +166,6 @@ def decode_step(
             cached,
             ragged,
             np.uint32(ragged.shape[0]),
-            np.int32(chunks),
             slots,
             positions,
             indices,
@@ -150,11 +180,12 @@ def decode_step(
 def padded(cu: Array, table: Array, ragged: Array, max_blocks: int) -> _jit.Launch:
     """The launch of :func:`cupy_lora.block_tables_to_padded` for checked arrays."""
     rows, width = table.shape
-    lanes, chunks, grid = _by_rows(rows, _hint("max_blocks", max_blocks))
+    hint = _hint("max_blocks", max_blocks)
+    shape = choose_shape(hint)
     roles = (("CUMULATIVE", cu.dtype), ("TABLE", table.dtype), ("RAGGED", ragged.dtype))
     return _jit.Launch(
-        metadata_kernel("block_tables_to_padded", lanes, roles),
-        (grid, 1, 1),
+        metadata_kernel("block_tables_to_padded", shape, roles),
+        _row_grid(shape, rows, hint),
         (
             cu,
             table,
@@ -163,7 +194,6 @@ def padded(cu: Array, table: Array, ragged: Array, max_blocks: int) -> _jit.Laun
             ragged,
             np.int64(ragged.shape[0]),
             np.int32(rows),
-            np.int32(chunks),
         ),
     )
 
@@ -172,7 +202,8 @@ def copy_next_input_ids(
     rows: Array, cached: Array, new: Array, prompts: Array, tokens: Array, cu: Array, max_next_input_ids: int
 ) -> _jit.Launch:
     """The launch of :func:`cupy_lora.copy_next_input_ids_inplace` for checked arrays."""
-    lanes, chunks, grid = _by_rows(rows.shape[0], _hint("max_next_input_ids", max_next_input_ids))
+    hint = _hint("max_next_input_ids", max_next_input_ids)
+    shape = choose_shape(hint)
     roles = (
         ("TOKEN", rows.dtype),
         ("CACHE_LENGTH", cached.dtype),
@@ -182,8 +213,8 @@ def copy_next_input_ids(
         ("CUMULATIVE", cu.dtype),
     )
     return _jit.Launch(
-        metadata_kernel("copy_next_input_ids", lanes, roles),
-        (grid, 1, 1),
+        metadata_kernel("copy_next_input_ids", shape, roles),
+        _row_grid(shape, rows.shape[0], hint),
         (
             rows,
             _stride(rows),
@@ -195,7 +226,6 @@ def copy_next_input_ids(
             np.int64(tokens.shape[0]),
             cu,
             np.int32(rows.shape[0]),
-            np.int32(chunks),
         ),
     )
 
@@ -205,7 +235,8 @@ def position_slot_ids(
 ) -> _jit.Launch:
     """The launch of :func:`cupy_lora.prepare_position_slot_ids` for checked arrays."""
     rows = cached.shape[0]
-    lanes, chunks, grid = _by_rows(rows, _hint("max_input_length", max_input_length))
+    hint = _hint("max_input_length", max_input_length)
+    shape = choose_shape(hint, computed=True)
     roles = (
         ("CACHE_LENGTH", cached.dtype),
         ("CUMULATIVE", cu.dtype),
@@ -214,20 +245,21 @@ def position_slot_ids(
         ("SLOT_INDEX", indices.dtype),
     )
     return _jit.Launch(
-        metadata_kernel("prepare_position_slot_ids", lanes, roles),
-        (grid, 1, 1),
-        (cached, cu, slots, positions, indices, np.int64(positions.shape[0]), np.int32(rows), np.int32(chunks)),
+        metadata_kernel("prepare_position_slot_ids", shape, roles),
+        _row_grid(shape, rows, hint),
+        (cached, cu, slots, positions, indices, np.int64(positions.shape[0]), np.int32(rows)),
     )
 
 
 def slots_filtering(source: Array, target: Array, cu: Array, starts: Array, max_slots: int) -> _jit.Launch:
     """The launch of :func:`cupy_lora.slots_filtering` for checked arrays."""
     rows = starts.shape[0]
-    lanes, chunks, grid = _by_rows(rows, _hint("max_slots", max_slots))
+    hint = _hint("max_slots", max_slots)
+    shape = choose_shape(hint)
     roles = (("SLOT", source.dtype), ("FILTERED", target.dtype), ("CUMULATIVE", cu.dtype), ("START", starts.dtype))
     return _jit.Launch(
-        metadata_kernel("slots_filtering", lanes, roles),
-        (grid, 1, 1),
+        metadata_kernel("slots_filtering", shape, roles),
+        _row_grid(shape, rows, hint),
         (
             source,
             np.int64(source.shape[0]),
@@ -236,6 +268,5 @@ def slots_filtering(source: Array, target: Array, cu: Array, starts: Array, max_
             cu,
             starts,
             np.int32(rows),
-            np.int32(chunks),
         ),
     )

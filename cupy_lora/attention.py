@@ -20,12 +20,12 @@ from ._arrays import (
     check_no_overlap,
     check_shape,
     same_device,
-    stream_for,
+    stream_of,
     view,
 )
 from ._attention_plan import Numbers
 from ._lora_checks import host_copy, integer
-from ._plans import Kept, Plans
+from ._plans import Plans
 from ._rope import checked, positive
 from .paged_kv import _check_table, _debug_tables
 
@@ -112,8 +112,7 @@ def batch_decode(
     space = None if workspace is None else view("workspace", workspace)
     sizes = num_layers, layer_idx, num_kv_heads, page_size
     options = rope, rope_theta, rope_scale, sm_scale, window, soft_cap
-    key = _plans.key((*inputs, oa, space), "decode", return_lse, *sizes, *options)
-    kept = _plans.find(key, inputs)
+    kept, key, *_, on_torch = _plans.find(_NAMES, (*inputs, None, oa, space), "decode", return_lse, *sizes, *options)
     if kept is None:
         _check_inputs(*inputs)
         check_shape("kv_indptr", inputs[2], (qa.shape[0] + 1,))
@@ -128,7 +127,7 @@ def batch_decode(
         if _env.DEBUG.on:
             _debug(inputs[1:], page_size, None, 0)
     device = qa.device
-    out, oa = _result(out, oa, qa, kept)
+    out, oa = _result(out, oa, qa)
     lse = _arrays.empty(qa.shape[:2], FLOAT32, device) if return_lse else None
     if kept is None and device == CPU and not _jit.has_host_runner():
         from .reference import attention
@@ -136,7 +135,7 @@ def batch_decode(
         tables = inputs[1].numpy(), inputs[2].numpy(), inputs[3].numpy()
         attention.batch_decode(qa.numpy(), *tables, *sizes, out=oa.numpy(), lse=lse, numbers=numbers)
     elif qa.shape[0]:
-        stream = stream_for(device, q, kv_ptrs)
+        stream = None if device == CPU else stream_of(device, on_torch)
         if space is None:
             chunks = qa.shape[0] + inputs[1].shape[0] * page_size // _attention_plan.CHUNK_MIN * 2
             need = 4 * _attention_plan.COUNTERS + chunks * qa.shape[1] * (qa.shape[2] + 4) * 4
@@ -145,13 +144,12 @@ def batch_decode(
         lse_view = None if lse is None else view("lse", lse)
         arrays = (*inputs, oa, lse_view, *parts)
         if kept is not None:
-            launch = kept.launch(arrays)
+            kept.run([0 if array is None else array.ptr for array in arrays], arrays, on_torch)
         else:
             shape = _attention_plan.shape_of(qa, oa, sizes[2], sizes[3], True, numbers)
             facts = _jit.device_facts(device)
             launch = _attention_plan.decode(qa, oa, lse_view, inputs[1:], parts, shape, sizes[1], numbers, facts)
-            _plans.keep(key, launch, arrays)
-        _jit.run(launch, device, stream)
+            _plans.run(key, launch, arrays, on_torch)
     return (out, lse) if return_lse else out
 
 
@@ -219,8 +217,8 @@ def batch_prefill(
     qa, oa = inputs[0], None if out is None else view("out", out)
     sizes = num_layers, layer_idx, num_kv_heads, page_size
     options = rope, rope_theta, rope_scale, sm_scale, window, soft_cap
-    key = _plans.key((*inputs, indptr, oa), "prefill", return_lse, causal, *sizes, *options)
-    kept = _plans.find(key, inputs)
+    scalars = return_lse, causal, *sizes, *options
+    kept, key, *_, on_torch = _plans.find(_NAMES, (*inputs, indptr, oa, None), "prefill", *scalars)
     if kept is None:
         _check_inputs(*inputs)
         _check_table("qo_indptr", indptr, INT32)
@@ -235,7 +233,7 @@ def batch_prefill(
         if _env.DEBUG.on:
             _debug(inputs[1:], page_size, indptr, qa.shape[0])
     device = qa.device
-    out, oa = _result(out, oa, qa, kept)
+    out, oa = _result(out, oa, qa)
     lse = _arrays.empty(qa.shape[:2], FLOAT32, device) if return_lse else None
     if kept is None and device == CPU and not _jit.has_host_runner():
         from .reference import attention
@@ -246,16 +244,16 @@ def batch_prefill(
         lse_view = None if lse is None else view("lse", lse)
         arrays = (*inputs, indptr, oa, lse_view)
         if kept is not None:
-            launch = kept.launch(arrays)
+            kept.run([0 if array is None else array.ptr for array in arrays], arrays, on_torch)
         else:
             shape = _attention_plan.shape_of(qa, oa, sizes[2], sizes[3], bool(causal), numbers)
             facts = _jit.device_facts(device)
             launch = _attention_plan.prefill(qa, oa, lse_view, indptr, inputs[1:], shape, sizes[1], numbers, facts)
-            _plans.keep(key, launch, arrays)
-        _jit.run(launch, device, stream_for(device, q, kv_ptrs))
+            _plans.run(key, launch, arrays, on_torch)
     return (out, lse) if return_lse else out
 
 
+_NAMES = ("q", "kv_ptrs", "kv_indptr", "last_page_offset", "qo_indptr", "out", "workspace")
 _plans = Plans()
 
 
@@ -264,13 +262,12 @@ def _views(q: Any, kv_ptrs: Any, kv_indptr: Any, last_page_offset: Any) -> tuple
     return view("q", q), pointers, pages, view("last_page_offset", last_page_offset)
 
 
-def _result(out: Any, array: Array | None, q: Array, kept: Kept | None) -> tuple[Any, Array]:
+def _result(out: Any, array: Array | None, q: Array) -> tuple[Any, Array]:
     """The output, a new one where there is none; what the plan does not cover of it is checked: overlap."""
     if array is None:
         out = _arrays.empty(q.shape, q.dtype, q.device)
         return out, view("out", out)
-    if kept is None or abs(array.ptr - q.ptr) < kept.reach:
-        check_no_overlap("out", array, q=q)
+    check_no_overlap("out", array, q=q)
     return out, array
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 from . import _env, _jit, _loop, reference
-from ._arrays import CPU, Array, check_no_overlap, check_shape, same_device, stream_for, view
+from ._arrays import CPU, Array, check_no_overlap, check_shape, read, same_device, stream_of, view, views
 from ._lora_checks import check_mix, real, rows
+from ._plans import Kept
 from .dispatch import LoraConfig
 from .lora_batch import LoraBatch
 from .lora_weights import LoraWeights
@@ -57,83 +57,46 @@ def add_lora(
         raise TypeError(f"weights: expected a LoraWeights, got {type(weights).__name__}")
     if not isinstance(batch, LoraBatch):
         raise TypeError(f"batch: expected a LoraBatch, got {type(batch).__name__}")
-    ya, xa = view("y", y), view("x", x)
-    scale = real("scale", scale)
-    # All that the checks and the plan depend on, but for the addresses: one look-up stands for both.
-    key = (
-        batch,
-        batch.num_tokens,
-        batch.tile_counts,
-        config,
-        scale,
-        (ya.shape, ya.strides, ya.dtype, ya.device, ya.ptr % 16),
-        (xa.shape, xa.strides, xa.dtype, xa.device, xa.ptr % 16),
-    )
-    launch = weights.launches.get(key)
-    if launch is None:
+    layout, pointers, objs, on_torch = read(_NAMES, (y, x))
+    # All that the checks and the plan depend on, but for the addresses: one look-up stands for both. The scale's type
+    # is in it because True is no scale.
+    key: Hashable = (batch, batch.num_tokens, batch.tile_counts, config, scale, type(scale), *layout)
+    try:
+        kept = weights.launches.get(key)
+    except TypeError:  # what cannot be hashed: the checks will name it
+        kept, key = None, None
+    loop = _env.DISABLE_SGMV.on
+    if kept is None or loop or not kept.clear(pointers) or (kept.device == CPU and not _jit.has_host_runner()):
+        ya, xa = views(_NAMES, objs)
+        scale = real("scale", scale)
         _check(ya, xa, weights, batch)
         check_no_overlap("y", ya, x=xa)
-    elif abs(ya.ptr - xa.ptr) < launch.reach:
-        check_no_overlap("y", ya, x=xa)
-    device = weights.device
-    if device == CPU and (_env.DISABLE_SGMV.on or not _jit.has_host_runner()):
-        reference.add_lora(ya.numpy(), xa.numpy(), weights, batch, scale=scale)
-        return y
-    if xa.shape[0] == 0:
-        return y
-    stream = stream_for(device, y, x)
-    if _env.DISABLE_SGMV.on:
-        if not batch.has_indices:
-            raise ValueError("batch: expected an update since DISABLE_SGMV was set, got one from before")
-        _loop.add_lora(ya, xa, weights, batch, scale, stream)
-    else:
-        if launch is None:
-            launch = _plan(key, ya, xa, weights, batch, scale, config)
-        _jit.run(_jit.Launch(launch.kernel, launch.grid, (xa, ya, *launch.args)), device, stream)
-    weights.used_on(stream)
+        if weights.device == CPU and (loop or not _jit.has_host_runner()):
+            reference.add_lora(ya.numpy(), xa.numpy(), weights, batch, scale=scale)
+            return y
+        if xa.shape[0] == 0:
+            return y
+        if loop:
+            if not batch.has_indices:
+                raise ValueError("batch: expected an update since DISABLE_SGMV was set, got one from before")
+            stream = stream_of(weights.device, on_torch)
+            _loop.add_lora(ya, xa, weights, batch, scale, stream)
+            weights.used_on(stream.ptr, on_torch)
+            return y
+        from . import _lora_plan
+
+        launch = _lora_plan.add_lora(ya, xa, weights, batch, scale, _jit.device_facts(weights.device), config)
+        kept = Kept(launch, (ya, xa), ((0, 1),))
+        if key is not None:
+            if len(weights.launches) >= _MOST_LAUNCHES:
+                weights.launches.clear()
+            weights.launches[key] = kept
+    weights.used_on(kept.run(pointers, objs, on_torch), on_torch)
     return y
 
 
+_NAMES = ("y", "x")
 _MOST_LAUNCHES = 1024  # kept per layer: a server's batch sizes, not every one a program ever used
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A launch without the caller's two arrays, which it must not keep alive.
-
-    Attributes
-    ----------
-    reach : int
-        Bytes that the larger of the two spans: arrays further apart do not overlap.
-    """
-
-    kernel: _jit.Kernel
-    grid: tuple[int, int, int]
-    args: tuple[Any, ...]
-    reach: int
-
-
-def _plan(
-    key: Hashable,
-    y: Array,
-    x: Array,
-    weights: LoraWeights,
-    batch: LoraBatch,
-    scale: float,
-    config: LoraConfig | None,
-) -> _Planned:
-    """The launch for such arrays, kept by the weights until their ranks change."""
-    from . import _lora_plan
-
-    launch = _lora_plan.add_lora(y, x, weights, batch, scale, _jit.device_facts(weights.device), config)
-    assert launch.args[0] is x
-    assert launch.args[1] is y
-    reach = max(high - low for low, high in (x.span, y.span))
-    planned = _Planned(launch.kernel, launch.grid, launch.args[2:], reach)
-    if len(weights.launches) >= _MOST_LAUNCHES:
-        weights.launches.clear()
-    weights.launches[key] = planned
-    return planned
 
 
 def _check(y: Array, x: Array, weights: LoraWeights, batch: LoraBatch) -> None:

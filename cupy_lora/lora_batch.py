@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any, Final
 
 import numpy as np
 
-from . import _arrays, _device, _env, _jit
-from ._arrays import CPU, INT32, INT64, Array, same_device, stream_for, view
+from . import _ahead, _arrays, _device, _env, _jit
+from ._arrays import CPU, INT32, INT64, Array, is_torch, same_device, stream_of, view
 from ._lora_checks import debug_slots, host_copy, indices, integer
 from ._plans import Plans
 from .reference.lora import segment_slots
@@ -17,7 +16,8 @@ _FEW_TOKENS: Final = 256
 _MOST_SHARED: Final = 99 * 1024  # bytes of a block on the smallest of the GPUs that are served
 TILE_HEADER: Final = 8  # int32 words before the row numbers: slot, rows in the tile, spare
 NUM_COUNTERS: Final = 8
-_MOST_LAUNCHES: Final = 1024  # plans kept
+_BY_ROW: Final = ("indices",)
+_BY_SEGMENT: Final = ("slots", "indptr")
 
 
 def tile_heights(max_tokens: int) -> tuple[int, ...]:
@@ -78,13 +78,15 @@ class LoraBatch:
         self.tiles: dict[int, Any] = {}
         self.counter_view: Array | None = None
         self._schedules: dict[int, tuple[Array, int]] = {}
-        self._launches: dict[Hashable, _jit.Launch] = {}
+        self._plans = Plans(_env.DISABLE_SGMV)
         self._staging: Any = None
         self.step_plans = Plans()  # of prepare_decode_step
         if self.device != CPU:
-            self._allocate()
+            self.prepare()
+            _ahead.new_batch(self)
 
-    def _allocate(self) -> None:
+    def prepare(self) -> None:
+        """Allocate the lists that the kernels read; of the host's memory only where kernels run (or are planned)."""
         from . import _lora_plan
 
         # The schedule counts every slot in shared memory: a launch that no GPU can make is refused here.
@@ -119,6 +121,14 @@ class LoraBatch:
         ValueError
             For more rows than ``max_tokens``, or another device. The batch is unchanged then.
         """
+        given, key = indices, None
+        if self.device != CPU:
+            kept, key, pointers, objs, on_torch = self._plans.find(_BY_ROW, (indices,))
+            if kept is not None:
+                self.tile_counts, self.has_indices, self.num_tokens = None, False, objs[0].shape[0]
+                kept.run(pointers, objs, on_torch)
+                return
+            (indices,) = objs
         slots = _vector("indices", indices, self)
         count = slots.shape[0]
         if count > self.max_tokens:
@@ -127,21 +137,27 @@ class LoraBatch:
         if self.device == CPU:
             self._set_host(slots.numpy())
         if self._has_kernels():
-            stream = stream_for(self.device, indices)
-            self.tile_counts = self._count(slots.numpy(), None) if slots.device == CPU else None
-            (slots,) = self._staged(stream, slots)
-            _jit.run(self._launch(slots, None), self.device, stream)
+            if slots.device != CPU:
+                self.expect(None)
+                _ahead.new_size(self, count)
+                self._plans.run(key, self._plan(slots, None), (slots,), on_torch)
+            else:
+                on_torch = is_torch(given)
+                self.expect(slots.numpy())
+                self._run(on_torch, *self._staged(on_torch, slots))
         elif self.device != CPU:
             self._set_by_loop(host_copy(slots))
         self.num_tokens = count
 
-    def begin_update(self, slots: Array) -> _jit.Launch | None:
+    def begin_update(self, slots: Array, *, plan: bool = True) -> _jit.Launch | None:
         """What :meth:`update` does, but for its launch, which is the caller's to run or to take over.
 
         Parameters
         ----------
         slots : Array
             A vector of int32 or int64 on the batch's own device.
+        plan : bool
+            False: the caller has the launch already.
 
         Returns
         -------
@@ -157,8 +173,8 @@ class LoraBatch:
             self._set_host(slots.numpy())
         launch = None
         if self._has_kernels():
-            self.tile_counts = self._count(slots.numpy(), None) if self.device == CPU else None
-            launch = self._launch(slots, None)
+            self.expect(slots.numpy() if self.device == CPU else None)
+            launch = self._plan(slots, None) if plan else None
         elif self.device != CPU:
             self._set_by_loop(host_copy(slots))
         self.num_tokens = count
@@ -206,12 +222,12 @@ class LoraBatch:
         if self.device == CPU:
             self._set_host(_spread(starts.numpy(), owners.numpy(), num_tokens))
         if self._has_kernels():
-            stream = stream_for(self.device, indptr, slots)
+            on_torch = is_torch(indptr) or is_torch(slots)
             on_host = starts.device == CPU
             self.tile_counts = self._count(owners.numpy(), np.diff(starts.numpy())) if on_host else None
-            starts, owners = self._staged(stream, starts, owners)
+            starts, owners = self._staged(on_torch, starts, owners)
             self.num_tokens = num_tokens  # the plan reads it
-            _jit.run(self._launch(owners, starts), self.device, stream)
+            self._run(on_torch, owners, starts)
         elif self.device != CPU:
             self._set_by_loop(_spread(host_copy(starts), host_copy(owners), num_tokens))
         self.num_tokens = num_tokens
@@ -237,37 +253,40 @@ class LoraBatch:
             return bound
         return min(bound, self.tile_counts[self.heights.index(height)])
 
+    def expect(self, slots: np.ndarray | None) -> None:
+        """Note how many tiles these slots make, in host memory; None: the host does not know."""
+        self.tile_counts = None if slots is None else self._count(slots, None)
+
     def _count(self, slots: np.ndarray, lengths: np.ndarray | None) -> tuple[int, ...]:
         """Tiles of each height (rounded up), from slots in host memory."""
         known = (slots >= 0) & (slots < self.max_adapters)
         rows = np.bincount(slots[known], None if lengths is None else lengths[known]).astype(np.int64)
         return tuple(_rounded(int((-(-rows // height)).sum())) for height in self.heights)
 
-    def _launch(self, slots: Array, indptr: Array | None) -> _jit.Launch:
-        """The launch that builds the tiles; planned once for each size and dtype."""
-        segments = None if indptr is None else (indptr.dtype, self.num_tokens)
-        key = (slots.shape[0], slots.dtype, segments)
-        kept = self._launches.get(key)
-        if kept is None:
-            from . import _lora_plan
+    def _plan(self, slots: Array, indptr: Array | None) -> _jit.Launch:
+        """The launch that builds the tiles."""
+        from . import _lora_plan
 
-            if indptr is None:
-                plan = _lora_plan.build_tiles(slots, self)
-            else:
-                plan = _lora_plan.build_segment_tiles(indptr, slots, self)
-            assert plan.args[0] is slots
-            assert plan.args[1] is indptr
-            if len(self._launches) >= _MOST_LAUNCHES:
-                self._launches.clear()
-            # Without the caller's arrays, which it must not keep alive.
-            kept = self._launches[key] = _jit.Launch(plan.kernel, plan.grid, plan.args[2:])
-        return _jit.Launch(kept.kernel, kept.grid, (slots, indptr, *kept.args))
+        if indptr is None:
+            return _lora_plan.build_tiles(slots, self)
+        return _lora_plan.build_segment_tiles(indptr, slots, self)
+
+    def _run(self, on_torch: bool, slots: Array, indptr: Array | None = None) -> None:
+        """Build the tiles; planned once for each layout and size."""
+        arrays = (slots,) if indptr is None else (slots, indptr)
+        segments = () if indptr is None else (self.num_tokens,)
+        kept, key, pointers, objs, _ = self._plans.find(_BY_ROW if indptr is None else _BY_SEGMENT, arrays, *segments)
+        if kept is not None:
+            kept.run(pointers, objs, on_torch)
+        else:
+            _ahead.new_size(self, slots.shape[0] if indptr is None else self.num_tokens)
+            self._plans.run(key, self._plan(slots, indptr), arrays, on_torch)
 
     def _has_kernels(self) -> bool:
         if _env.DISABLE_SGMV.on or (self.device == CPU and not _jit.has_host_runner()):
             return False
         if self.counters is None:
-            self._allocate()
+            self.prepare()
         self.has_indices = self.device == CPU
         return True
 
@@ -281,10 +300,11 @@ class LoraBatch:
             self.indices[: slots.shape[0]].set(np.where(none, -1, slots).astype(np.int32))
         self.has_indices = True
 
-    def _staged(self, stream: Any, *arrays: Array) -> list[Array]:
+    def _staged(self, on_torch: bool, *arrays: Array) -> list[Array]:
         """Arrays that the kernels can read: the caller's, or copies in the staging buffer."""
         if self.device == CPU or arrays[0].device != CPU:
             return list(arrays)
+        stream = stream_of(self.device, on_torch)
         if _device.capturing(stream):
             raise ValueError(
                 "indices: expected an array on the device while a graph is captured, got one in host memory"

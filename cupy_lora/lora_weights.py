@@ -9,8 +9,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from . import _arrays, _device, _env, _jit
-from ._arrays import CPU, FLOATS, HALVES, INT64, Array, check_contiguous, check_shape, same_device, stream_for, view
+from . import _ahead, _arrays, _device, _env, _jit
+from ._arrays import (
+    CPU,
+    FLOATS,
+    HALVES,
+    INT64,
+    Array,
+    check_contiguous,
+    check_shape,
+    same_device,
+    stream_for,
+    stream_of,
+    view,
+)
 from ._lora_checks import MAX_RANK, integer, on_device, real
 
 # One slice of one slot, as the kernels read it; rank 0 means no adapter.
@@ -112,10 +124,12 @@ class LoraWeights:
         self._parts: list[tuple[Part | None, ...]] = [(None,) * len(widths)] * self.max_adapters
         self._buffers: list[Any] = [None] * self.max_adapters
         self._kept: list[tuple[Any, ...]] = [()] * self.max_adapters
+        self._setter: _jit.Ready | None = None  # writes a slot's records
         self._streams: dict[int, Any] = {}
         self._retired: list[tuple[Any, list[Any]]] = []
         self.rank_set: frozenset[int] = frozenset()
         self.launches: dict[Hashable, Any] = {}  # of add_lora; they depend on rank_set
+        _ahead.new_weights(self)
 
     # ------------------------------------------------------------------ what is loaded
 
@@ -217,10 +231,10 @@ class LoraWeights:
         slot = integer("slot", slot, 0, self.max_adapters - 1)
         self._update(slot, (None,) * self.num_slices, None, self._stream())
 
-    def used_on(self, stream: Any) -> None:
-        """Note that work which reads the adapters was queued on this stream."""
-        if stream is not None:
-            self._streams[stream.ptr] = stream
+    def used_on(self, handle: int | None, on_torch: bool) -> None:
+        """Note that work which reads the adapters was queued on the caller's current stream, of this handle."""
+        if handle is not None and handle not in self._streams:
+            self._streams[handle] = stream_of(self.device, on_torch)
 
     # ------------------------------------------------------------------ arguments
 
@@ -346,28 +360,41 @@ class LoraWeights:
         return [None if pair is None else (on_device(pair[0]), on_device(pair[1])) for pair in pairs]
 
     def _update(self, slot: int, parts: tuple[Part | None, ...], buffer: Any, stream: Any) -> None:
-        records = np.zeros(self.num_slices, RECORD)
-        for record, part in zip(records, parts, strict=True):
-            if part is not None:
-                record["a"] = view("a", part.a).ptr
-                record["b"] = view("b", part.b).ptr
-                record["rank"] = part.rank
-                record["scale"] = part.scale
+        records = np.array(
+            [
+                (0, 0, 0, 0.0, 0)
+                if part is None
+                else (view("a", part.a).ptr, view("b", part.b).ptr, part.rank, part.scale, 0)
+                for part in parts
+            ],
+            RECORD,
+        )
         if self.device == CPU and (_env.DISABLE_SGMV.on or not _jit.has_host_runner()):
             self.table[slot] = records.view(np.int64).reshape(self.num_slices, 4)
+        elif self._setter is not None:
+            self._setter((), stream.ptr, ((1, np.int32(slot)), (2, records)))
         else:
             from . import _lora_plan
 
-            facts = _jit.device_facts(self.device)
-            _jit.run(_lora_plan.set_slot(self.table_view, slot, records, facts), self.device, stream)
+            launch = _lora_plan.set_slot(self.table_view, slot, records, _jit.device_facts(self.device))
+            if self.device == CPU:
+                _jit.run(launch, self.device, stream)
+            else:
+                setter = _jit.Ready(launch, self.device)
+                setter((), stream.ptr)
+                self._setter = setter
         self._reap()
         if self.device != CPU and (self._buffers[slot] is not None or self._kept[slot]):
             self._retire((self._buffers[slot], self._kept[slot]), stream)
+        before, after = (frozenset(p.rank for p in some if p is not None) for some in (self._parts[slot], parts))
         self._parts[slot] = parts
-        rank_set = frozenset(part.rank for loaded in self._parts for part in loaded if part is not None)
+        rank_set = self.rank_set
+        if before != after:
+            rank_set = frozenset(part.rank for loaded in self._parts for part in loaded if part is not None)
         if rank_set != self.rank_set:
             self.rank_set = rank_set
             self.launches.clear()
+            _ahead.new_ranks(self)
         self._buffers[slot] = buffer
         # With copy=False the parts view the caller's memory and keep it alive.
         self._kept[slot] = tuple(part for part in parts if part is not None) if buffer is None else ()

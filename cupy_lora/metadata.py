@@ -20,6 +20,7 @@ from ._arrays import (
     same_device,
     stream_for,
     view,
+    views,
 )
 from ._device import has_gpu_kernels
 from ._lora_checks import host_copy, integer
@@ -84,11 +85,17 @@ def block_tables_to_ragged(
     ValueError
         If shapes do not match, a row is shorter than its lengths, or the arrays are on different devices.
     """
-    table = view("block_tables", block_tables)
-    new, cached = view("input_lengths_tensor", input_lengths_tensor), view("cache_lengths_tensor", cache_lengths_tensor)
-    inputs = (table, new, cached)
-    key = _plans.key(inputs, "ragged", max_current_length)
-    kept = _plans.find(key, inputs)
+    given = block_tables, input_lengths_tensor, cache_lengths_tensor
+    kept, key, pointers, objs, on_torch = _plans.find(_RAGGED, given, "ragged", max_current_length)
+    if kept is not None and out is not None:
+        ragged = _vector("out", out, dtypes=(INT32,))
+        if ragged.device == kept.device:
+            total = ragged.shape[0]
+            if total:
+                values = ((_metadata_plan.RAGGED_TOTAL, np.uint32(total)),)
+                kept.run((*pointers, ragged.ptr), (*objs, ragged), on_torch, values)
+            return out
+    table, new, cached = inputs = views(_RAGGED, objs)
     if kept is None:
         _rows("block_tables", table)
         batch = _vector("input_lengths_tensor", new).shape[0]
@@ -107,8 +114,10 @@ def block_tables_to_ragged(
         same_device(block_tables=table, out=ragged)
     arrays = (*inputs, ragged)
     total = ragged.shape[0]
+    values = ((_metadata_plan.RAGGED_TOTAL, np.uint32(total)),)
     if kept is not None:
-        launch = kept.launch(arrays, {_metadata_plan.RAGGED_TOTAL: np.uint32(total)})
+        if total:
+            kept.run((*pointers, ragged.ptr), arrays, on_torch, values)
     else:
         if _env.DEBUG.on:
             lengths = host_copy(new).astype(np.int64) + host_copy(cached)
@@ -122,10 +131,9 @@ def block_tables_to_ragged(
             return out
         if batch == 0:
             return out
-        launch = _metadata_plan.ragged(table, new, cached, ragged, max_current_length)
-        _plans.keep(key, launch, arrays)
-    if total:
-        _jit.run(launch, device, stream_for(device, block_tables, input_lengths_tensor))
+        if total:
+            launch = _metadata_plan.ragged(table, new, cached, ragged, max_current_length)
+            _plans.run(key, launch, arrays, on_torch, values=values)
     return out
 
 
@@ -184,24 +192,32 @@ def prepare_decode_step(
     """
     if (batch is None) != (adapter_indices is None):
         raise ValueError("batch and adapter_indices: expected both or none, got one of them")
-    table, ragged = view("block_tables", block_tables), view("block_tables_ragged", block_tables_ragged)
-    new, cached = view("input_lengths", input_lengths), view("cache_lengths", cache_lengths)
-    slots, positions = view("cu_slots", cu_slots), view("position_ids", position_ids)
-    indices = view("slot_indices", slot_indices)
-    cu = None if cu_seqlen is None else view("cu_seqlen", cu_seqlen)
-    indptr = None if ragged_indptr is None else view("ragged_indptr", ragged_indptr)
-    adapters = None if adapter_indices is None else view("adapter_indices", adapter_indices)
-    arrays = (table, new, cached, ragged, slots, positions, indices, cu, indptr)
-    device = table.device
     plans, schedule = _plans if batch is None else batch.step_plans, None
-    every = arrays if batch is None else (*arrays, adapters, batch.counter_view)
-    key = plans.key(every, "decode_step", max_current_length)
-    kept = plans.find(key, every)
+    given = (
+        block_tables,
+        input_lengths,
+        cache_lengths,
+        block_tables_ragged,
+        cu_slots,
+        position_ids,
+        slot_indices,
+        cu_seqlen,
+        ragged_indptr,
+        adapter_indices,
+        None if batch is None else batch.counter_view,
+    )
+    kept, key, pointers, objs, on_torch = plans.find(_STEP, given, "decode_step", max_current_length)
     if kept is not None:
-        if batch is not None and adapters is not None:
-            batch.begin_update(adapters)
-        launch = kept.launch(every)
+        if batch is not None:
+            batch.begin_update(view("adapter_indices", objs[9]), plan=False)
+        kept.run(pointers, objs, on_torch)
     else:
+        table, new, cached, ragged, slots, positions, indices = views(_STEP[:7], objs[:7])
+        cu, indptr, adapters = (
+            None if obj is None else view(name, obj) for name, obj in zip(_STEP[7:10], objs[7:10], strict=True)
+        )
+        arrays = (table, new, cached, ragged, slots, positions, indices, cu, indptr)
+        device = table.device
         _rows("block_tables", table)
         (count,) = _vector("input_lengths", new).shape
         _vector("cache_lengths", cached, count)
@@ -252,10 +268,7 @@ def prepare_decode_step(
                 _jit.run(schedule, device, stream_for(device, block_tables, adapter_indices))
             return
         launch = _metadata_plan.decode_step(*arrays, max_current_length, schedule)
-        if batch is not None:
-            every = (*arrays, adapters, batch.counter_view)  # which begin_update may have allocated
-        plans.keep(key, launch, every)
-    _jit.run(launch, device, stream_for(device, block_tables, input_lengths))
+        plans.run(key, launch, (*arrays, adapters, None if batch is None else batch.counter_view), on_torch)
 
 
 def block_tables_to_padded(max_blocks: int, cu_seqlen: Any, block_tables: Any, block_tables_ragged: Any) -> None:
@@ -278,14 +291,12 @@ def block_tables_to_padded(max_blocks: int, cu_seqlen: Any, block_tables: Any, b
     ValueError
         If shapes do not match, or the arrays are on different devices.
     """
-    table, cu = view("block_tables", block_tables), view("cu_seqlen", cu_seqlen)
-    ragged = view("block_tables_ragged", block_tables_ragged)
-    arrays = (cu, table, ragged)
-    key = _plans.key(arrays, "padded", max_blocks)
-    kept = _plans.find(key, arrays)
+    given = cu_seqlen, block_tables, block_tables_ragged
+    kept, key, pointers, objs, on_torch = _plans.find(_PADDED, given, "padded", max_blocks)
     if kept is not None:
-        launch = kept.launch(arrays)
+        kept.run(pointers, objs, on_torch)
     else:
+        cu, table, ragged = arrays = views(_PADDED, objs)
         rows = _rows("block_tables", table).shape[0]
         _vector("cu_seqlen", cu, rows + 1)
         _vector("block_tables_ragged", ragged)
@@ -299,9 +310,8 @@ def block_tables_to_padded(max_blocks: int, cu_seqlen: Any, block_tables: Any, b
             return
         if rows == 0:
             return
-        launch = _metadata_plan.padded(*arrays, max_blocks)
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, table.device, stream_for(table.device, block_tables, cu_seqlen))
+        launch = _metadata_plan.padded(cu, table, ragged, max_blocks)
+        _plans.run(key, launch, arrays, on_torch)
 
 
 def copy_next_input_ids_inplace(
@@ -336,15 +346,12 @@ def copy_next_input_ids_inplace(
     ValueError
         If shapes do not match, or the arrays are on different devices.
     """
-    ids, tokens = view("all_input_ids", all_input_ids), view("next_input_ids", next_input_ids)
-    cached, new = view("cache_lengths", cache_lengths), view("input_lengths", input_lengths)
-    prompts, cu = view("prompt_lengths", prompt_lengths), view("cu_accepted_ids", cu_accepted_ids)
-    arrays = (ids, cached, new, prompts, tokens, cu)
-    key = _plans.key(arrays, "copy_next", max_next_input_ids)
-    kept = _plans.find(key, arrays)
+    given = all_input_ids, cache_lengths, input_lengths, prompt_lengths, next_input_ids, cu_accepted_ids
+    kept, key, pointers, objs, on_torch = _plans.find(_COPY_NEXT, given, "copy_next", max_next_input_ids)
     if kept is not None:
-        launch = kept.launch(arrays)
+        kept.run(pointers, objs, on_torch)
     else:
+        ids, cached, new, prompts, tokens, cu = arrays = views(_COPY_NEXT, objs)
         batch = _rows("all_input_ids", ids).shape[0]
         _vector("cache_lengths", cached, batch)
         _vector("input_lengths", new, batch)
@@ -368,9 +375,8 @@ def copy_next_input_ids_inplace(
             return
         if batch == 0:
             return
-        launch = _metadata_plan.copy_next_input_ids(*arrays, max_next_input_ids)
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, ids.device, stream_for(ids.device, all_input_ids, next_input_ids))
+        launch = _metadata_plan.copy_next_input_ids(ids, cached, new, prompts, tokens, cu, max_next_input_ids)
+        _plans.run(key, launch, arrays, on_torch)
 
 
 def prepare_position_slot_ids(
@@ -405,15 +411,12 @@ def prepare_position_slot_ids(
     ValueError
         If shapes do not match, or the arrays are on different devices.
     """
-    cached, cu = view("cache_lengths", cache_lengths), view("cu_seqlen", cu_seqlen)
-    slots, positions = view("cu_slots", cu_slots), view("position_ids", position_ids)
-    indices = view("slot_indices", slot_indices)
-    arrays = (cached, cu, slots, positions, indices)
-    key = _plans.key(arrays, "position_slot", max_input_length)
-    kept = _plans.find(key, arrays)
+    given = cache_lengths, cu_seqlen, cu_slots, position_ids, slot_indices
+    kept, key, pointers, objs, on_torch = _plans.find(_POSITION_SLOT, given, "position_slot", max_input_length)
     if kept is not None:
-        launch = kept.launch(arrays)
+        kept.run(pointers, objs, on_torch)
     else:
+        cached, cu, slots, positions, indices = arrays = views(_POSITION_SLOT, objs)
         batch = _vector("cache_lengths", cached).shape[0]
         _vector("cu_seqlen", cu, batch + 1)
         _vector("cu_slots", slots, least=batch)
@@ -431,9 +434,8 @@ def prepare_position_slot_ids(
             return
         if batch == 0 or tokens == 0:
             return
-        launch = _metadata_plan.position_slot_ids(*arrays, max_input_length)
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, cached.device, stream_for(cached.device, position_ids, cache_lengths))
+        launch = _metadata_plan.position_slot_ids(cached, cu, slots, positions, indices, max_input_length)
+        _plans.run(key, launch, arrays, on_torch)
 
 
 def slots_filtering(max_slots: int, slots: Any, filtered_slots: Any, cu_slots: Any, slots_start: Any) -> None:
@@ -456,14 +458,12 @@ def slots_filtering(max_slots: int, slots: Any, filtered_slots: Any, cu_slots: A
     ValueError
         If shapes do not match, or the arrays are on different devices.
     """
-    source, target = view("slots", slots), view("filtered_slots", filtered_slots)
-    cu, starts = view("cu_slots", cu_slots), view("slots_start", slots_start)
-    arrays = (source, target, cu, starts)
-    key = _plans.key(arrays, "slots_filtering", max_slots)
-    kept = _plans.find(key, arrays)
+    given = slots, filtered_slots, cu_slots, slots_start
+    kept, key, pointers, objs, on_torch = _plans.find(_FILTERING, given, "slots_filtering", max_slots)
     if kept is not None:
-        launch = kept.launch(arrays)
+        kept.run(pointers, objs, on_torch)
     else:
+        source, target, cu, starts = arrays = views(_FILTERING, objs)
         _vector("slots", source)
         _vector("filtered_slots", target)
         batch = _vector("slots_start", starts).shape[0]
@@ -480,11 +480,28 @@ def slots_filtering(max_slots: int, slots: Any, filtered_slots: Any, cu_slots: A
             return
         if batch == 0:
             return
-        launch = _metadata_plan.slots_filtering(*arrays, max_slots)
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, source.device, stream_for(source.device, slots, filtered_slots))
+        launch = _metadata_plan.slots_filtering(source, target, cu, starts, max_slots)
+        _plans.run(key, launch, arrays, on_torch)
 
 
+_RAGGED = ("block_tables", "input_lengths_tensor", "cache_lengths_tensor")
+_STEP = (
+    "block_tables",
+    "input_lengths",
+    "cache_lengths",
+    "block_tables_ragged",
+    "cu_slots",
+    "position_ids",
+    "slot_indices",
+    "cu_seqlen",
+    "ragged_indptr",
+    "adapter_indices",
+    "counters",
+)
+_PADDED = ("cu_seqlen", "block_tables", "block_tables_ragged")
+_COPY_NEXT = ("all_input_ids", "cache_lengths", "input_lengths", "prompt_lengths", "next_input_ids", "cu_accepted_ids")
+_POSITION_SLOT = ("cache_lengths", "cu_seqlen", "cu_slots", "position_ids", "slot_indices")
+_FILTERING = ("slots", "filtered_slots", "cu_slots", "slots_start")
 _plans = Plans()
 
 

@@ -20,19 +20,14 @@ from ._arrays import (
     check_shape,
     empty,
     same_device,
-    stream_for,
     view,
+    views,
 )
 from ._lora_checks import real
-from ._plans import Kept, Plans
+from ._plans import Plans
 
 _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "float"}
 _STRIDES = np.dtype([("outer", np.int64), ("inner", np.int64)])
-
-
-def _threads_per_sm(fused: bool) -> int:
-    """Threads of the resident blocks: what the registers of the common sizes allow."""
-    return 768 if fused else 1024
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,31 @@ class RmsNormConfig:
     def rows(self) -> int:
         """Rows a block works on at a time."""
         return self.block // self.threads
+
+
+@dataclass(frozen=True)
+class RmsNormWalk:
+    """How blocks go over the rows; it depends on their number, and no bit of the result on it.
+
+    Attributes
+    ----------
+    resident : int
+        Blocks of a multiprocessor that run at once.
+    walk : bool
+        Whether a block takes more rows than it can work on at a time.
+    prefetch : bool
+        The next row is on its way to registers while one is reduced.
+    ahead : int
+        Rows that are on their way in shared memory instead.
+    keep : bool
+        The weights stay in registers.
+    """
+
+    resident: int
+    walk: bool
+    prefetch: bool
+    ahead: int
+    keep: bool
 
 
 def rms_norm(input: Any, weight: Any, epsilon: float = 1e-6, out: Any = None) -> Any:
@@ -92,25 +112,32 @@ def rms_norm(input: Any, weight: Any, epsilon: float = 1e-6, out: Any = None) ->
         If shapes do not match, the last axis is not contiguous, ``out`` overlaps the input
         without being it, epsilon is out of range, or the arrays are on different devices.
     """
-    x, w = view("input", input), view("weight", weight)
+    kept, key, pointers, objs, on_torch = _plans.find(_NAMES, (input, None, weight, out), epsilon, out is input)
+    if kept is not None:
+        if out is None:
+            like = view("input", objs[0])
+            out = empty(like.shape, like.dtype, like.device)
+            new = view("out", out)
+            pointers[3], objs = new.ptr, (*objs[:3], new)
+        kept.run(pointers, objs, on_torch)
+        return out
+    x, w = view("input", objs[0]), view("weight", objs[2])
     epsilon = real("epsilon", epsilon)
+    _check("input", x, w, epsilon)
+    same_device(input=x, weight=w)
+    apart: tuple[tuple[int, int], ...] = ()
     if out is None:
-        _check("input", x, w, epsilon)
-        same_device(input=x, weight=w)
         out = empty(x.shape, x.dtype, x.device)
-    o = view("out", out)
-    arrays = (x, None, w, o)
-    key = _plans.key(arrays, epsilon)
-    kept = _plans.find(key, arrays)
-    if kept is None:
-        _check("input", x, w, epsilon)
+        o = view("out", out)
+    else:
+        apart = ((3, 2),) if out is input else ((3, 0), (3, 2))
+        o = view("out", objs[3])
         _check_like("out", o, "input", x)
         same_device(input=x, weight=w, out=o)
         _check_writable("out", o)
-    reach = None if kept is None else kept.reach
-    _check_apart("out", o, "input", x, reach, same_allowed=True)
-    _check_apart("out", o, "weight", w, reach)
-    _run(kept, key, arrays, epsilon, stream_for(x.device, input, weight, out))
+        _check_apart("out", o, "input", x, same_allowed=True)
+        _check_apart("out", o, "weight", w)
+    _run(key, (x, None, w, o), epsilon, on_torch, apart)
     return out
 
 
@@ -141,54 +168,47 @@ def fused_add_rms_norm(input: Any, residual: Any, weight: Any, epsilon: float = 
     TypeError, ValueError
         As :func:`rms_norm`.
     """
-    x, r, w = view("input", input), view("residual", residual), view("weight", weight)
+    kept, key, pointers, objs, on_torch = _plans.find(_NAMES, (input, residual, weight, input), epsilon)
+    if kept is not None:
+        kept.run(pointers, objs, on_torch)
+        return input, residual
+    x, r, w = views(_NAMES[:3], objs[:3])
     epsilon = real("epsilon", epsilon)
-    arrays = (x, r, w, x)
-    key = _plans.key(arrays, epsilon)
-    kept = _plans.find(key, arrays)
-    if kept is None:
-        _check("input", x, w, epsilon)
-        _check_like("residual", r, "input", x)
-        same_device(input=x, residual=r, weight=w)
-        _check_writable("input", x)
-        _check_writable("residual", r)
-    reach = None if kept is None else kept.reach
-    _check_apart("residual", r, "input", x, reach)
-    _check_apart("input", x, "weight", w, reach)
-    _check_apart("residual", r, "weight", w, reach)
-    _run(kept, key, arrays, epsilon, stream_for(x.device, input, residual, weight))
+    _check("input", x, w, epsilon)
+    _check_like("residual", r, "input", x)
+    same_device(input=x, residual=r, weight=w)
+    _check_writable("input", x)
+    _check_writable("residual", r)
+    _check_apart("residual", r, "input", x)
+    _check_apart("input", x, "weight", w)
+    _check_apart("residual", r, "weight", w)
+    _run(key, (x, r, w, x), epsilon, on_torch, ((1, 0), (0, 2), (1, 2)))
     return input, residual
 
 
+_NAMES = ("input", "residual", "weight", "out")
 _plans = Plans()
 
 
 def _run(
-    kept: Kept | None,
     key: Hashable,
     arrays: tuple[Array, Array | None, Array, Array],
     epsilon: float,
-    stream: Any,
+    on_torch: bool,
+    apart: tuple[tuple[int, int], ...],
 ) -> None:
     x, r, w, o = arrays
-    device = x.device
-    if kept is not None:
-        launch = kept.launch(arrays)
-    else:
-        if device == CPU and not _jit.has_host_runner():
-            from .reference import norm
+    if x.device == CPU and not _jit.has_host_runner():
+        from .reference import norm
 
-            if r is None:
-                norm.rms_norm(x.numpy(), w.numpy(), epsilon, o.numpy())
-            else:
-                norm.fused_add_rms_norm(x.numpy(), r.numpy(), w.numpy(), epsilon)
-            return
-        planned = plan_rms_norm(x, r, w, o, epsilon, _jit.device_facts(device))
-        if planned is None:
-            return
-        launch = planned
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, device, stream)
+        if r is None:
+            norm.rms_norm(x.numpy(), w.numpy(), epsilon, o.numpy())
+        else:
+            norm.fused_add_rms_norm(x.numpy(), r.numpy(), w.numpy(), epsilon)
+        return
+    launch = plan_rms_norm(x, r, w, o, epsilon, _jit.device_facts(x.device))
+    if launch is not None:
+        _plans.run(key, launch, arrays, on_torch, apart)
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -236,15 +256,8 @@ def _check_writable(name: str, array: Array) -> None:
         reach += stride * (extent - 1)
 
 
-def _check_apart(
-    name: str, out: Array, other_name: str, other: Array, reach: int | None, *, same_allowed: bool = False
-) -> None:
-    """ValueError if the output's elements overlap another array's (interleaved column slices do not).
-
-    ``reach``: how many bytes apart they certainly do not, where that is known.
-    """
-    if reach is not None and abs(out.ptr - other.ptr) >= reach:
-        return
+def _check_apart(name: str, out: Array, other_name: str, other: Array, *, same_allowed: bool = False) -> None:
+    """ValueError if the output's elements overlap another array's (interleaved column slices do not)."""
     if same_allowed and out.ptr == other.ptr and out.strides == other.strides:
         return
     low, high = out.span
@@ -292,6 +305,20 @@ def choose_rms_norm(columns: int, itemsize: int, arch: int, *, fused: bool = Fal
     return RmsNormConfig(threads, threads, in_registers, in_shared, per_thread - in_registers - in_shared)
 
 
+def choose_walk(config: RmsNormConfig, blocks: int, sm_count: int, *, fused: bool, whole: bool) -> RmsNormWalk:
+    """How ``blocks`` blocks' worth of rows are walked over; pure.
+
+    ``whole``: rows are whole 16-byte vectors, as many for each thread.
+    """
+    del whole
+    threads = 768 if fused else 1024  # what the registers of the common sizes allow
+    resident = max(1, threads // config.block)
+    if config.register_vecs > 2:
+        return RmsNormWalk(resident, True, False, 0, False)
+    del blocks, sm_count
+    return RmsNormWalk(resident, True, resident * config.block <= threads, 0, True)
+
+
 @functools.cache
 def rms_norm_kernel(
     dtype: np.dtype[Any],
@@ -302,6 +329,7 @@ def rms_norm_kernel(
     weight_access: int,
     levels: int,
     arch: int,
+    walk: RmsNormWalk,
 ) -> _jit.Kernel:
     """The specialisation for one width and dtype.
 
@@ -309,8 +337,6 @@ def rms_norm_kernel(
     alignment of the rows allows, ``levels`` (1 or 2) the number of strides that lead from row to row.
     """
     config = choose_rms_norm(columns, dtype.itemsize, arch, fused=fused)
-    few = config.register_vecs <= 2
-    blocks = max(1, _threads_per_sm(fused) // config.block) if few else 1
     defines: tuple[tuple[str, int | str], ...] = (
         ("ELEMENT", _ELEMENTS[dtype.name]),
         ("WEIGHT", _ELEMENTS[weight_dtype.name]),
@@ -323,12 +349,15 @@ def rms_norm_kernel(
         ("REREAD_VECS", config.reread_vecs),
         ("ACCESS", access),
         ("WEIGHT_ACCESS", weight_access),
-        ("KEEP", int(few)),
-        ("PREFETCH", int(few and blocks * config.block <= _threads_per_sm(fused))),
+        ("KEEP", int(walk.keep)),
+        ("PREFETCH", int(walk.prefetch)),
+        ("AHEAD", walk.ahead),
+        ("WALK", int(walk.walk)),
         ("LEVELS", levels),
-        ("MIN_BLOCKS", blocks),
+        ("MIN_BLOCKS", walk.resident if config.register_vecs <= 2 else 1),
     )
-    shared = 256 + 16 * config.threads * config.shared_vecs
+    ring = walk.ahead * config.register_vecs * config.block * (2 if fused else 1)
+    shared = 256 + 16 * (config.threads * config.shared_vecs + ring)
     return _jit.Kernel("norm", "rms_norm", defines, config.block, shared)
 
 
@@ -350,11 +379,13 @@ def plan_rms_norm(
         weight_access //= 2
     fused = residual is not None
     levels = len(extents)
-    kernel = rms_norm_kernel(x.dtype, weight.dtype, columns, fused, access, weight_access, levels, facts.arch)
     config = choose_rms_norm(columns, item, facts.arch, fused=fused)
     blocks = -(-rows // config.rows)
-    at_once = facts.sm_count * max(1, _threads_per_sm(fused) // config.block)
-    each = -(-blocks // at_once)  # every block walks over as many rows as the others, give or take one
+    whole = access == 16 and columns * item == 16 * config.register_vecs * config.threads
+    walk = choose_walk(config, blocks, facts.sm_count, fused=fused, whole=whole)
+    kernel = rms_norm_kernel(x.dtype, weight.dtype, columns, fused, access, weight_access, levels, facts.arch, walk)
+    # Every block walks over as many rows as the others, give or take one.
+    each = -(-blocks // (facts.sm_count * walk.resident)) if walk.walk else 1
     return _jit.Launch(
         kernel,
         (-(-blocks // each), 1, 1),

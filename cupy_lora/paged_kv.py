@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from ._arrays import (
     check_dtype,
     check_shape,
     same_device,
-    stream_for,
     view,
+    views,
 )
 from ._lora_checks import host_copy, integer
 from ._plans import Plans
@@ -137,28 +138,24 @@ def _write(
     rope_theta: float,
     rope_scale: float,
 ) -> None:
-    ptrs, pages = view("kv_ptrs", kv_ptrs), view("kv_indptr", kv_indptr)
-    last, ka, va = view("last_page_offset", last_page_offset), view("k", k), view("v", v)
-    arrays = (ptrs, pages, last, ka, va, indptr)
-    key = _plans.key(arrays, num_layers, layer_idx, num_kv_heads, page_size, rope, rope_theta, rope_scale)
-    kept = _plans.find(key, arrays)
+    given = kv_ptrs, kv_indptr, last_page_offset, k, v, indptr
+    sizes = num_layers, layer_idx, num_kv_heads, page_size
+    kept, key, pointers, objs, on_torch = _plans.find(_NAMES, given, *sizes, rope, rope_theta, rope_scale)
     if kept is not None:
-        launch = kept.launch(arrays)
-    else:
-        planned = _checked(arrays, num_layers, layer_idx, num_kv_heads, page_size, rope, rope_theta, rope_scale)
-        if planned is None:
-            return
-        launch = planned
-        _plans.keep(key, launch, arrays)
-    device = ptrs.device
-    _jit.run(launch, device, stream_for(device, k, v, kv_ptrs))
+        kept.run(pointers, objs, on_torch)
+        return
+    arrays = (*views(_NAMES[:5], objs[:5]), indptr)
+    launch = _checked(arrays, *sizes, rope, rope_theta, rope_scale)
+    if launch is not None:
+        _plans.run(key, launch, arrays, on_torch)
 
 
+_NAMES = ("kv_ptrs", "kv_indptr", "last_page_offset", "k", "v", "seqlen_indptr")
 _plans = Plans()
 
 
 def _checked(
-    arrays: tuple[Array, Array, Array, Array, Array, Array | None],
+    arrays: Sequence[Any],
     num_layers: int,
     layer_idx: int,
     num_kv_heads: int,
@@ -265,6 +262,16 @@ def _debug_tables(ptrs: Array, pages: Array, last: Array, indptr: Array | None, 
 _CTYPES = {FLOATS[0]: "f16", FLOATS[1]: "bf16", FLOATS[2]: "float"}
 
 
+def choose_writers(vecs: int, *, chunks: bool) -> tuple[int, int, int]:
+    """Warps a token, 16-byte vectors a thread in flight, and threads a block, for ``vecs`` vectors a token; pure.
+
+    Two vectors a thread and up to eight warps a token, then more vectors. A block that writes ``chunks`` has
+    neighbours of one sequence, which share its tables; single tokens do not, and spread over smaller blocks.
+    """
+    warps = min(8, 1 << (-(-vecs // 64) - 1).bit_length())
+    return warps, min(4, -(-vecs // (32 * warps))), max(256 if chunks else 128, 32 * warps)
+
+
 @functools.cache
 def write_kv_kernel(
     symbol: str, num_kv_heads: int, page_size: int, row_bytes: int, access: int, element: str = ""
@@ -273,11 +280,9 @@ def write_kv_kernel(
 
     ``row_bytes`` is head_dim times the size of an element, ``access`` the width in bytes of the
     loads that the alignment of k and v allows, ``element`` the type of elements that are rotated (none: nothing
-    is). Four vectors a thread, up to eight warps a token.
+    is).
     """
-    vecs = 2 * num_kv_heads * row_bytes // 16
-    warps = min(8, 1 << (-(-vecs // 128) - 1).bit_length())
-    batch = min(4, -(-vecs // (32 * warps)))
+    warps, batch, block = choose_writers(2 * num_kv_heads * row_bytes // 16, chunks=symbol == "init_kv")
     defines: tuple[tuple[str, int | str], ...] = (
         ("HEADS", num_kv_heads),
         ("PAGE", page_size),
@@ -285,11 +290,11 @@ def write_kv_kernel(
         ("ACCESS", access),
         ("WARPS_PER_TOKEN", warps),
         ("BATCH", batch + batch % 2 if element else batch),  # pairs of vectors
-        ("BLOCK", max(128, 32 * warps)),
+        ("BLOCK", block),
         ("ROPE", int(bool(element))),
         *((("ELEMENT", element),) if element else ()),
     )
-    return _jit.Kernel("paged_kv", symbol, defines, max(128, 32 * warps))
+    return _jit.Kernel("paged_kv", symbol, defines, block)
 
 
 def plan_write_kv(

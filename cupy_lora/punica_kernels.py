@@ -29,8 +29,7 @@ from ._arrays import (
     check_no_overlap,
     check_shape,
     same_device,
-    stream_for,
-    view,
+    views,
 )
 from ._lora_checks import MAX_RANK, check_segments, debug_slots, host_copy, indices, integer, real, rows
 from ._plans import Plans
@@ -147,32 +146,31 @@ def dispatch_bgmv(y: Any, x: Any, w_ptr: Any, indicies: Any, layer_idx: int, sca
     ValueError
         For shapes that disagree, rows that are not contiguous, a rank above 1024, or arrays on different devices.
     """
-    ya, xa, pointers, slots = arrays = view("y", y), view("x", x), view("w_ptr", w_ptr), view("indicies", indicies)
-    key = _plans.key(arrays, "bgmv", layer_idx, scale)
-    kept = _plans.find(key, arrays)
-    if kept is not None and abs(ya.ptr - xa.ptr) >= kept.reach:
-        launch = kept.launch(arrays)
-    else:
-        dtype = _check_matrices(ya, xa)
-        _check_pointers(pointers)
-        indices("indicies", slots, xa.shape[0])
-        layer_idx = integer("layer_idx", layer_idx, 0)
-        scale = real("scale", scale)
-        device = same_device(y=ya, x=xa, w_ptr=pointers, indicies=slots)
-        debug_slots("indicies", slots, pointers.shape[0])
-        if _env.DEBUG.on:
-            used = np.unique(host_copy(slots))
-            _debug_pointers(pointers, used[used >= 0])
-        if device == CPU and not _jit.has_host_runner():
-            from .reference import punica
+    given = y, x, w_ptr, indicies
+    kept, key, addresses, objs, on_torch = _plans.find(_BY_ROW, given, "bgmv", layer_idx, scale)
+    if kept is not None:
+        kept.run(addresses, objs, on_torch)
+        return
+    ya, xa, pointers, slots = arrays = views(_BY_ROW, objs)
+    dtype = _check_matrices(ya, xa)
+    _check_pointers(pointers)
+    indices("indicies", slots, xa.shape[0])
+    layer_idx = integer("layer_idx", layer_idx, 0)
+    scale = real("scale", scale)
+    device = same_device(y=ya, x=xa, w_ptr=pointers, indicies=slots)
+    debug_slots("indicies", slots, pointers.shape[0])
+    if _env.DEBUG.on:
+        used = np.unique(host_copy(slots))
+        _debug_pointers(pointers, used[used >= 0])
+    if device == CPU and not _jit.has_host_runner():
+        from .reference import punica
 
-            punica.dispatch_bgmv(ya.numpy(), xa.numpy(), pointers.numpy(), slots.numpy(), layer_idx, scale, dtype)
-            return
-        if xa.shape[0] == 0:
-            return
-        launch = _punica_plan.bgmv(ya, xa, pointers, slots, layer_idx, scale, dtype, _jit.device_facts(device))
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, ya.device, stream_for(ya.device, y, x))
+        punica.dispatch_bgmv(ya.numpy(), xa.numpy(), pointers.numpy(), slots.numpy(), layer_idx, scale, dtype)
+        return
+    if xa.shape[0] == 0:
+        return
+    launch = _punica_plan.bgmv(ya, xa, pointers, slots, layer_idx, scale, dtype, _jit.device_facts(device))
+    _plans.run(key, launch, arrays, on_torch, _APART)
 
 
 def sgmv_cutlass(y: Any, x: Any, w_ptr: Any, s_start: Any, s_end: Any, tmp: Any, layer_idx: int) -> None:
@@ -231,42 +229,44 @@ def sgmv_cutlass_tmp_size(num_problems: int) -> int:
 
 
 # ---- what they share ----------------------------------------------------------------------------
+_BY_ROW = ("y", "x", "w_ptr", "indicies")
+_BY_SEGMENT = ("y", "x", "w_ptr", "s_start", "s_end")
+_APART = ((0, 1),)
 _plans = Plans()
 
 
 def _sgmv(y: Any, x: Any, w_ptr: Any, s_start: Any, s_end: Any, layer_idx: int, *, transposed: bool) -> None:
-    ya, xa, pointers = view("y", y), view("x", x), view("w_ptr", w_ptr)
-    starts, ends = view("s_start", s_start), view("s_end", s_end)
-    arrays = (ya, xa, pointers, starts, ends)
-    key = _plans.key(arrays, "sgmv", layer_idx, transposed)
-    kept = _plans.find(key, arrays)
-    if kept is not None and abs(ya.ptr - xa.ptr) >= kept.reach:
-        launch = kept.launch(arrays)
-    else:
-        dtype = _check_matrices(ya, xa)
-        _check_pointers(pointers)
-        segments = pointers.shape[0]
-        indices("s_start", starts, segments)
-        indices("s_end", ends, segments)
-        layer_idx = integer("layer_idx", layer_idx, 0)
-        device = same_device(y=ya, x=xa, w_ptr=pointers, s_start=starts, s_end=ends)
-        if _env.DEBUG.on:
-            first, last = host_copy(starts).astype(np.int64), host_copy(ends).astype(np.int64)
-            check_segments("s_start", first, "s_end - s_start", last - first, xa.shape[0])
-            _debug_pointers(pointers, np.flatnonzero(last > first))
-        if device == CPU and not _jit.has_host_runner():
-            from .reference import punica
+    given = y, x, w_ptr, s_start, s_end
+    kept, key, addresses, objs, on_torch = _plans.find(_BY_SEGMENT, given, "sgmv", layer_idx, transposed)
+    if kept is not None:
+        kept.run(addresses, objs, on_torch)
+        return
+    ya, xa, pointers, starts, ends = arrays = views(_BY_SEGMENT, objs)
+    dtype = _check_matrices(ya, xa)
+    _check_pointers(pointers)
+    segments = pointers.shape[0]
+    indices("s_start", starts, segments)
+    indices("s_end", ends, segments)
+    layer_idx = integer("layer_idx", layer_idx, 0)
+    device = same_device(y=ya, x=xa, w_ptr=pointers, s_start=starts, s_end=ends)
+    if _env.DEBUG.on:
+        first, last = host_copy(starts).astype(np.int64), host_copy(ends).astype(np.int64)
+        check_segments("s_start", first, "s_end - s_start", last - first, xa.shape[0])
+        _debug_pointers(pointers, np.flatnonzero(last > first))
+    if device == CPU and not _jit.has_host_runner():
+        from .reference import punica
 
-            tables = pointers.numpy(), starts.numpy(), ends.numpy()
-            punica.sgmv(ya.numpy(), xa.numpy(), *tables, layer_idx, dtype, transposed)
-            return
-        if xa.shape[0] == 0 or segments == 0:
-            return
-        facts = _jit.device_facts(device)
-        phase = _punica_plan.phase_of(xa.shape[1], ya.shape[1])
-        launch = _punica_plan.sgmv(*arrays, layer_idx, dtype, facts, phase=phase, transposed=transposed)
-        _plans.keep(key, launch, arrays)
-    _jit.run(launch, ya.device, stream_for(ya.device, y, x))
+        tables = pointers.numpy(), starts.numpy(), ends.numpy()
+        punica.sgmv(ya.numpy(), xa.numpy(), *tables, layer_idx, dtype, transposed)
+        return
+    if xa.shape[0] == 0 or segments == 0:
+        return
+    facts = _jit.device_facts(device)
+    phase = _punica_plan.phase_of(xa.shape[1], ya.shape[1])
+    launch = _punica_plan.sgmv(
+        ya, xa, pointers, starts, ends, layer_idx, dtype, facts, phase=phase, transposed=transposed
+    )
+    _plans.run(key, launch, arrays, on_torch, _APART)
 
 
 def _check_matrices(y: Array, x: Array) -> np.dtype[Any]:

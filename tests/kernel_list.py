@@ -94,7 +94,7 @@ def lora_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
 def host_batch(max_tokens: int, max_adapters: int) -> LoraBatch:
     """A batch whose lists are allocated, as on a GPU."""
     batch = LoraBatch(max_tokens, max_adapters=max_adapters, device="cpu")
-    batch._allocate()
+    batch.prepare()
     batch.num_tokens = max_tokens
     return batch
 

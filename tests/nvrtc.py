@@ -1,4 +1,4 @@
-"""Compile a kernel for any architecture with NVRTC, without a GPU, as CuPy would, and read what it uses."""
+"""Compile a kernel for any architecture with NVRTC, without a GPU, as the library would, and read what it uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cupy_backends.cuda.libs import nvrtc
 
-from cupy_lora import _jit
+from cupy_lora import _cubins, _jit
 
 _CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "nvrtc"
 
@@ -44,8 +44,8 @@ class Resources:
 
 
 def options(kernel: _jit.Kernel, arch: int) -> tuple[str, ...]:
-    """The options of a launch through CuPy: the library's own, and the two that CuPy adds."""
-    return (*_jit.compile_options(arch, kernel.defines), "-ftz=true", f"-arch=sm_{arch}")
+    """The options that a launch's kernel is compiled with."""
+    return _cubins.options(_cubins.unit_of(kernel, arch))
 
 
 def compile_kernel(kernel: _jit.Kernel, arch: int, *, cache: bool = True) -> Resources:

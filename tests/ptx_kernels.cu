@@ -83,6 +83,54 @@ extern "C" __global__ void copy_async(const uint4* in, uint4* out, i32 steps, i3
     }
 }
 
+// One warp brings `steps` rows of 32 vectors through a ring of two stages, another reads and clears them.
+template <bool BULK>
+CUPY_LORA_DEVICE void relay(u8* shared, const uint4* in, uint4* out, i32 steps, i32 valid) {
+    uint4* const ring = reinterpret_cast<uint4*>(shared);  // [2][32]
+    u64* const full = reinterpret_cast<u64*>(shared + 1024);
+    u64* const empty = full + 2;
+    const u32 lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; ++i) {
+            ptx::mbarrier_init(full + i, BULK ? 1 : 32);
+            ptx::mbarrier_init(empty + i, 1);
+        }
+        ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    for (i32 step = 0; step < steps; ++step) {
+        const int slot = step % 2;
+        const u32 parity = static_cast<u32>(step / 2 % 2);
+        uint4* const stage = ring + slot * 32;
+        if (threadIdx.x < 32) {
+            ptx::mbarrier_wait_block(empty + slot, parity ^ 1);
+            const uint4* const row = in + static_cast<i64>(step) * 32;
+            if constexpr (BULK) {
+                if (lane == 0) {
+                    ptx::mbarrier_expect(full + slot, 512);
+                    ptx::copy_bulk(stage, row, 512, full + slot);
+                }
+            } else {
+                ptx::copy_async_16(stage + lane, row + lane, step < valid);
+                ptx::copy_async_arrive(full + slot);
+            }
+        } else {
+            ptx::mbarrier_wait_block(full + slot, parity);
+            out[static_cast<i64>(step) * 32 + lane] = stage[(lane + 1) % 32];
+            __syncwarp();
+            stage[lane] = make_uint4(0, 0, 0, 0);
+            if constexpr (BULK) ptx::fence_bulk();
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(empty + slot);
+        }
+    }
+}
+
+extern "C" __global__ void relay_pieces(const uint4* in, uint4* out, i32 steps, i32 valid) {
+    CUPY_LORA_SHARED(shared);
+    relay<false>(shared, in, out, steps, valid);
+}
+
 extern "C" __global__ void powers_of_two(const float* in, float* out) {
     const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
     out[i] = ptx::exp2_approx(in[i]);
@@ -123,7 +171,12 @@ extern "C" __global__ void last_adds(float* parts, i32* arrived, float* out) {
     *arrived = 0;
 }
 
-#ifdef BLOCKS
+#ifdef BLOCKS  // compute capability 9.0
+extern "C" __global__ void relay_bulk(const uint4* in, uint4* out, i32 steps, i32 valid) {
+    CUPY_LORA_SHARED(shared);
+    relay<true>(shared, in, out, steps, valid);
+}
+
 // Each block sends its row of `in` to every block of the cluster, `rounds` times over; `out` is, for each
 // block and round, the rows of all blocks as they arrived there.
 extern "C" __global__ void CUPY_LORA_CLUSTER(BLOCKS) exchange(const uint4* in, uint4* out, i32 rounds) {

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -382,6 +383,30 @@ def test_a_record_counts_where_no_peer_runs():
     assert table.best_peer(warm, [warm]) is None
 
 
+def test_a_peer_of_this_run_takes_the_place_of_its_record():
+    ours, peer = _rows()[:2]
+    ours.record = {"torch": 1.0, "vLLM 0.33": 2.0, "FlashInfer FA3": 3.0}
+    assert table.record_of(ours, [ours, peer]) == {"vLLM 0.33": 2.0, "FlashInfer FA3": 3.0}
+    rows = [ours, peer, *(dataclasses.replace(peer, engine=name) for name in ("vLLM", "FlashInfer FA2"))]
+    assert table.record_of(ours, rows) == {"FlashInfer FA3": 3.0}
+    assert table.best_peer(ours, rows) == ("FlashInfer FA3*", 3.0)
+    wrong = dataclasses.replace(peer, engine="FlashInfer FA3", median_us=None, status="wrong")
+    assert table.best_peer(ours, [*rows, wrong]) == ("FlashInfer FA3*", 3.0)
+    assert table.best_peer(ours, [*rows, dataclasses.replace(peer, engine="FlashInfer FA3")]) == ("torch loop", 8.2)
+
+
+def test_every_record_names_a_peer_or_one_that_only_a_record_has():
+    engines = {engine for found in peers.PEERS.values() for engine in found}
+    for case in (case for names in runner.FAMILIES.values() for stem in names for case in _cases_of(stem)):
+        row = model.Row(case.family, case.name, model.OURS, "cold", record=dict(case.record))
+        live = [model.Row(case.family, case.name, engine, "cold", median_us=1.0) for engine in engines]
+        assert set(table.record_of(row, live)) <= {"LoRAX CUDA"}, case.name
+
+
+def _cases_of(stem):
+    return getattr(importlib.import_module(f"bench.{stem}"), "cases", list)()
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     written = plot.plot({"machine": {"gpu": "none"}, "commit": "abc"}, _rows(), tmp_path / "speed.png")
@@ -400,7 +425,7 @@ def test_plot_without_matplotlib(monkeypatch, tmp_path):
 
 def test_dry_run_of_every_family(tmp_path, capsys):
     path = tmp_path / "dry.json"
-    assert command.main(["all", "--dry-run", "--json", str(path), "--cases", "^(?!host first call)"]) == 0
+    assert command.main(["all", "--dry-run", "--json", str(path), "--cases", "^(?!host (first call|start))"]) == 0
     rows = model.read_report(path)[1]
     states = {}
     for row in rows:
@@ -424,6 +449,14 @@ def test_first_call_runs_in_its_own_process():
     assert (cold.mode, warm.mode) == ("cold cache", "warm cache")
     assert cold.status == "dry"
     assert "first_call" in cold.note
+
+
+def test_start_runs_in_its_own_process():
+    cold, warm = bench_host.start_rows(dry=True)
+    assert (cold.mode, warm.mode) == ("cold cache", "warm cache")
+    assert warm.target_us == 1e3 * targets.START_TO_RESULT_MS
+    for step in ("import_cupy", "context", "weights", "batch", "add_lora", "whole process"):
+        assert f"{step} " in warm.note
 
 
 class _Family:
@@ -535,6 +568,66 @@ def test_peers(monkeypatch):
     assert peers.chosen("bench_metadata", "auto") == {}
     with pytest.raises(ValueError, match="expected installed packages among"):
         peers.chosen("bench_lora", "vllm")
+    with pytest.raises(ValueError, match="expected installed packages among"):
+        peers.survey("vllm")
+
+
+class _Device:
+    """What a rig needs to have for peers to compile on it."""
+
+    dry = False
+    id = 0
+
+    def __init__(self):
+        self.device = self.torch = self.cuda = self
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+def _package(folder, name, text):
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text)
+    return peers.Package("numpy", (name,))
+
+
+def test_a_peer_that_does_not_import_is_a_failed_row(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    packages = {
+        "good": _package(tmp_path, "a_good_peer", ""),
+        "bad": _package(tmp_path, "a_bad_peer", "raise OSError('libnothing.so: not here')"),
+        "none": peers.Package("none", ("a_peer_that_nobody_has",)),
+    }
+    monkeypatch.setattr(peers, "PACKAGES", packages)
+    report, options = model.Report(None, {}, []), runner.Options()
+    runner._find_peers([], _Device(), report, options)
+    assert report.head["peers"] == {"good": np.__version__}
+    assert options.peers == "good"
+    assert [(row.engine, row.status) for row in report.rows] == [("bad", "failed")]
+    assert "peer bad: OSError: libnothing.so: not here" in capsys.readouterr().out
+    assert report.bad
+
+
+def test_a_peer_whose_kernels_do_not_build_is_a_failed_row(monkeypatch, capsys):
+    built = []
+
+    def builder(case, rig, work):
+        built.append(case.params)
+        if case.params.add:
+            raise RuntimeError("nvcc: exit 1")
+        return model.Work([lambda: None], lambda: 0.0)
+
+    module = types.SimpleNamespace(__name__="bench.bench_norm", build=lambda case, rig, sets: None)
+    monkeypatch.setattr(peers, "available", lambda: {"torch": True})
+    monkeypatch.setattr(peers, "PEERS", {"bench_norm": {"FlashInfer": ("torch", builder)}})
+    cases = [bench_norm._case(bench_norm.Norm(rows, 2048, add)) for rows in (2, 3) for add in (False, True)]
+    unbuilt = peers.compile_ahead([(module, case) for case in cases], "torch", _Device())
+    assert sorted(norm.add for norm in built) == [False, True]  # once for each kernel, not for each case
+    assert "2/2" in capsys.readouterr().out
+    assert peers.build("bench_norm", "FlashInfer", cases[0], None, None, unbuilt) is not None
+    with pytest.raises(RuntimeError, match="did not build: RuntimeError: nvcc: exit 1"):
+        peers.build("bench_norm", "FlashInfer", cases[1], None, None, unbuilt)
+    assert len(built) == 3  # the one that failed was not tried again
 
 
 def test_nothing_imports_cupy_or_torch():

@@ -448,14 +448,6 @@ def test_info_knows_the_loop(capsys, monkeypatch):
     assert "any rank  a loop of matrix products (DISABLE_SGMV)" in capsys.readouterr().out
 
 
-def test_warmup_says_what_it_needs(capsys, monkeypatch):
-    assert main(["warmup"]) == 2
-    assert "expected --model, or --in-features with --out-features" in capsys.readouterr().err
-    monkeypatch.setattr("cupy_lora.__main__.has_gpu_kernels", lambda: False)
-    assert main(["warmup", "--in-features", "64", "--out-features", "64"]) == 2
-    assert "warmup: expected a GPU and CuPy" in capsys.readouterr().err
-
-
 def test_the_command_runs_as_a_module_without_torch():
     code = (
         "import sys, runpy\n"
@@ -484,11 +476,3 @@ def test_the_demo_passes_on_the_gpu_without_torch(cache, dtype):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 18 requests agree" in done.stdout
-
-
-@pytest.mark.gpu
-def test_warmup_compiles_one_layer_and_a_model(checkpoint, capsys):
-    assert main(["warmup", "--in-features", "72", "--out-features", "40", "8", "--ranks", "4", "16"]) == 0
-    assert "72 -> 40 + 8: " in capsys.readouterr().out
-    assert main(["warmup", "--model", str(checkpoint), "--tokens", "1", "33", "--dtype", "bfloat16"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3

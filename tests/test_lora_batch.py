@@ -186,6 +186,6 @@ def test_host_indices_are_refused_during_capture(gpu: engines.Engine) -> None:
 
 def test_more_adapters_than_a_block_can_count() -> None:
     """Refused when the device side is made, not by a launch that fails."""
-    LoraBatch(1024, max_adapters=4096, device="cpu")._allocate()
+    LoraBatch(1024, max_adapters=4096, device="cpu").prepare()
     with pytest.raises(ValueError, match="max_adapters: expected at most about 4224 on a GPU, got 5000"):
-        LoraBatch(1024, max_adapters=5000, device="cpu")._allocate()
+        LoraBatch(1024, max_adapters=5000, device="cpu").prepare()

@@ -268,11 +268,12 @@ def test_padded(engine: Engine, hint: int, dtype: np.dtype):
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize("speculative", [0, 4, 200])
-def test_copy_next_input_ids(engine: Engine, speculative: int, dtype: np.dtype):
+@pytest.mark.parametrize("accept", ["one", "none or one", "up to 5", "up to 201"])
+def test_copy_next_input_ids(engine: Engine, accept: str, dtype: np.dtype):
     rng = np.random.default_rng(3)
     batch, width = 70, 400
-    accepted = rng.integers(0, 2 + speculative, batch).tolist()
+    most = {"up to 5": 5, "up to 201": 201}.get(accept, 1)
+    accepted = [1] * batch if accept == "one" else rng.integers(0, most + 1, batch).tolist()
     cached, new = rng.integers(0, 150, batch), rng.integers(1, 4, batch)
     prompts = np.where(rng.random(batch) < 0.3, rng.integers(0, 350, batch), 0)
     tokens = rng.integers(0, 32000, sum(accepted))
@@ -286,7 +287,7 @@ def test_copy_next_input_ids(engine: Engine, speculative: int, dtype: np.dtype):
             at += 1
     array = engine.array(ids.astype(dtype))
     cupy_lora.copy_next_input_ids_inplace(
-        speculative + 1, array, engine.array(cached.astype(I32)), engine.array(new.astype(dtype)),
+        most, array, engine.array(cached.astype(I32)), engine.array(new.astype(dtype)),
         engine.array(prompts.astype(I32)), engine.array(tokens.astype(dtype)), engine.array(cumulative(accepted, I64)),
     )  # fmt: skip
     assert (engine.numpy(array) == expected).all()
@@ -409,11 +410,13 @@ def test_errors_of_the_row_functions():
 
 
 def test_a_decode_batch_is_one_thread_per_row():
-    lengths = _arrays.view("x", np.zeros(256, I32))
-    cu = _arrays.view("cu", np.zeros(257, I32))
+    lengths = _arrays.view("x", np.zeros(250, I32))
+    cu = _arrays.view("cu", np.zeros(251, I32))
     launch = _metadata_plan.position_slot_ids(lengths, cu, cu, lengths, lengths, 1)
-    assert launch.grid == (1, 1, 1)
-    assert dict(launch.kernel.defines)["LANES"] == 1
+    defines = dict(launch.kernel.defines)
+    assert (defines["LANES"], defines["ITEMS"]) == (1, 1)
+    assert 250 <= launch.grid[0] * launch.kernel.block < 250 + launch.kernel.block
+    assert launch.grid[1:] == (1, 1)
 
 
 def test_has_triton_is_has_gpu_kernels():

@@ -186,6 +186,28 @@ def test_asynchronous_copies(kernels: engines.Engine, steps: int, valid: int) ->
     np.testing.assert_array_equal(kernels.numpy(out), expected)
 
 
+@pytest.mark.parametrize(
+    ("symbol", "steps", "valid"),
+    [
+        ("relay_pieces", 1, 1),
+        ("relay_pieces", 9, 9),
+        ("relay_pieces", 9, 6),
+        ("relay_bulk", 1, 1),
+        ("relay_bulk", 9, 9),
+    ],
+)
+def test_copies_that_a_barrier_counts(kernels: engines.Engine, symbol: str, steps: int, valid: int) -> None:
+    if symbol == "relay_bulk" and kernels.name == "gpu" and _jit.device_facts(0).arch < 90:
+        pytest.skip("bulk copies need compute capability 9.0")
+    values = np.random.default_rng(14).integers(0, 1 << 32, (valid, 32, 4), dtype=np.uint32)
+    out = kernels.array(np.full((steps, 32, 4), 0xABABABAB, np.uint32))
+    args = (kernels.array(values), out, np.int32(steps), np.int32(valid))
+    launch(kernels, symbol, *args, block=64, shared=1024 + 32, blocks=1 if symbol == "relay_bulk" else 0)
+    expected = np.zeros((steps, 32, 4), np.uint32)
+    expected[:valid] = np.roll(values, -1, axis=1)
+    np.testing.assert_array_equal(kernels.numpy(out), expected)
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
 @pytest.mark.parametrize("rounds", [1, 2, 5])
 def test_exchange_through_the_cluster(kernels: engines.Engine, blocks: int, rounds: int) -> None:

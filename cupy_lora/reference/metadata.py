@@ -111,7 +111,7 @@ def prepare_decode_step(
     cu_seqlen: np.ndarray | None = None,
     ragged_indptr: np.ndarray | None = None,
 ) -> None:
-    """See :func:`cupy_lora.metadata.prepare_decode_step`."""
+    """See :func:`cupy_lora.prepare_decode_step`."""
     ragged(block_tables, input_lengths, cache_lengths, block_tables_ragged)
     new = np.maximum(input_lengths.astype(np.int64), 0)
     starts = np.concatenate([[0], np.cumsum(new)])

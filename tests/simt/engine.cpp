@@ -5,7 +5,7 @@
 // shuffle to the next (Config.interleaved). Nothing here is concurrent, so a result depends on the
 // order only where the kernel has a race, and runner.py runs several orders and compares. What a GPU
 // may do late is done at the latest legal moment, or at once (Config.early): cp.async lands at the wait
-// that forces it, st.async when nobody can go on without it.
+// that forces it, what an mbarrier counts when nobody can go on without it.
 // Not modelled: asm text, memory order between warps, blocks that run at the same time, FTZ, approximate
 // functions, the tensor core's rounding (an mma sums in double and rounds once), speed.
 #include "simt.h"
@@ -84,9 +84,11 @@ struct Mbarrier {
     int count, pending, tx;
     unsigned phase;
 };
-struct Store {
+struct Store {  // what is under way to an mbarrier: a store, a copy, the arrival after copies
     unsigned char *to, *barrier, bytes[16];
-    unsigned size;
+    const unsigned char* from;  // null: `bytes` is stored
+    unsigned size, valid;       // zeros follow the valid bytes of a copy
+    int arrivals, tx;
 };
 struct Block {
     uint3 index;
@@ -457,20 +459,51 @@ unsigned long long map_shared(const void* p, unsigned rank) {
     return reinterpret_cast<uintptr_t>(blocks[rank].shared + offset);
 }
 static void deliver(const Store& s) {
-    owner_of(s.to, s.size, "store_async");
-    memcpy(s.to, s.bytes, s.size);
-    mbarrier_update(s.barrier, 0, -static_cast<int>(s.size), "store_async");
+    if (s.from)
+        memset(s.to, 0, s.size), memcpy(s.to, s.from, s.valid);
+    else if (s.size)
+        owner_of(s.to, s.size, "store_async"), memcpy(s.to, s.bytes, s.size);
+    mbarrier_update(s.barrier, s.arrivals, -s.tx, "an asynchronous copy or store");
 }
-void store_async(unsigned long long to, const void* value, unsigned size, unsigned long long barrier) {
-    Store s = {reinterpret_cast<unsigned char*>(to), reinterpret_cast<unsigned char*>(barrier), {}, size};
-    memcpy(s.bytes, value, size);
-    if (&owner_of(s.to, size, "store_async") != &owner_of(s.barrier, 8, "store_async"))
-        fail("store_async: the data and its mbarrier are in different blocks");
+static void send(const Store& s) {
     config->used_async = 1;
     if (config->early)
         deliver(s);
     else
         stores.push_back(s);
+}
+void store_async(unsigned long long to, const void* value, unsigned size, unsigned long long barrier) {
+    Store s = {reinterpret_cast<unsigned char*>(to),
+               reinterpret_cast<unsigned char*>(barrier),
+               {},
+               nullptr,
+               size,
+               size,
+               0,
+               static_cast<int>(size)};
+    memcpy(s.bytes, value, size);
+    if (&owner_of(s.to, size, "store_async") != &owner_of(s.barrier, 8, "store_async"))
+        fail("store_async: the data and its mbarrier are in different blocks");
+    send(s);
+}
+void copy_bulk(void* shared, const void* global, unsigned size, void* barrier) {
+    if (size == 0 || size % 16) fail("copy_bulk: %u bytes are no multiple of 16", size);
+    if (reinterpret_cast<uintptr_t>(global) % 16) fail("copy_bulk: %p is no multiple of 16", global);
+    auto* const to = static_cast<unsigned char*>(shared);
+    const auto* const from = static_cast<const unsigned char*>(global);
+    own(to, 16, "copy_bulk"), own(to + size - 16, 16, "copy_bulk"), own(barrier, 8, "copy_bulk");
+    for (unsigned i = 0; i < size; ++i) static_cast<void>(*const_cast<const volatile unsigned char*>(from + i));
+    send({to, static_cast<unsigned char*>(barrier), {}, from, size, size, 0, static_cast<int>(size)});
+}
+void copy_async_arrive(void* p) {
+    own(p, 8, "copy_async_arrive");
+    auto* const barrier = static_cast<unsigned char*>(p);
+    for (const Copy& c : current->copies) {
+        const auto* const from = static_cast<const unsigned char*>(c.from);
+        send({static_cast<unsigned char*>(c.to), barrier, {}, from, c.size, c.bytes, 0, 0});
+    }
+    current->copies.clear();
+    send({nullptr, barrier, {}, nullptr, 0, 0, 1, 0});
 }
 // Nobody can go on: what the waiting mbarriers still need lands now.
 static bool deliver_awaited() {
@@ -570,7 +603,7 @@ static void run_cluster(unsigned x, unsigned y, unsigned z) {
         current = nullptr;
         if (!any && !deliver_awaited()) report_stuck();
     }
-    if (!stores.empty()) fail("store_async: %zu stores under way when the cluster exited", stores.size());
+    if (!stores.empty()) fail("%zu asynchronous copies or stores under way when the cluster exited", stores.size());
     for (const Block& b : blocks) finish_block(b);
 }
 

@@ -45,6 +45,8 @@ SIMT_API void mma_m16n8k8_tf32(float* c, float a0, float a1, float a2, float a3,
 SIMT_API void copy_async(void* shared, const void* global, unsigned size, unsigned bytes);
 SIMT_API void copy_async_commit();
 SIMT_API void copy_async_wait(unsigned allowed);
+SIMT_API void copy_async_arrive(void* barrier);
+SIMT_API void copy_bulk(void* shared, const void* global, unsigned size, void* barrier);
 SIMT_API void cluster_arrive();
 SIMT_API void cluster_wait();
 SIMT_API unsigned long long map_shared(const void* p, unsigned rank);

@@ -1,0 +1,338 @@
+"""Kept launches: what identifies a call, what is looked at again each time, and what the driver is handed."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import engines
+import numpy as np
+import pytest
+import tolerance
+from fake_gpu import Driver, install, on_gpu, words
+
+import cupy_lora
+from cupy_lora import _arrays, _halves, _jit, norm, punica_kernels
+from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, Array
+from cupy_lora._plans import Kept, Plans
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A GPU that is not there, and no plans of other tests."""
+    for module in (_halves, norm, punica_kernels):
+        monkeypatch.setattr(module, "_plans", Plans(module._plans._switch))
+    return install(monkeypatch)
+
+
+KERNEL = _jit.Kernel("norm", "k", (), 128, 64)
+
+
+def test_arguments_are_packed_by_their_own_bytes() -> None:
+    struct = np.array([(7, 2.5, 3)], np.dtype([("a", np.int64), ("b", np.float32), ("c", np.int32)]))
+    args = (on_gpu((4,), INT32, ptr=4096), None, np.int32(-2), struct, np.float32(1.5), np.uint8(3))
+    packed, offsets = _jit.pack(args)
+    raw = packed.tobytes()
+    assert offsets == [0, 8, 16, 24, 40, 48]
+    assert np.frombuffer(raw[:16], np.int64).tolist() == [4096, 0]
+    assert np.frombuffer(raw[16:20], np.int32).tolist() == [-2]
+    assert np.frombuffer(raw[24:40], struct.dtype)[0] == struct[0]
+    assert np.frombuffer(raw[40:44], np.float32).tolist() == [1.5]
+    assert raw[48] == 3
+    assert len(raw) == 56
+
+
+@pytest.mark.parametrize("value", [1.0, 1, np.zeros(2)], ids=["float", "int", "array"])
+def test_a_value_without_the_parameters_type_is_refused(value: object) -> None:
+    with pytest.raises(TypeError, match="argument 1: expected"):
+        _jit.pack((np.int32(1), value))
+
+
+def test_a_kept_launch_hands_over_the_callers_addresses(driver: Driver) -> None:
+    x, y, table = on_gpu((8, 16), FLOAT16), on_gpu((8, 32), FLOAT16), on_gpu((4,), INT64)
+    x.obj, y.obj = object(), object()
+    part = Array(y.ptr + 20, (8, 22), (32, 1), y.dtype, 0, y.obj)
+    kept = Kept(_jit.Launch(KERNEL, (3, 2, 1), (part, np.int32(5), x, table, None, np.uint32(0))), (x, y))
+    for at, stream in ((1, 5), (2, 6)):
+        driver.stream = stream
+        assert kept.run([at << 30, at << 20], (), False, ((5, np.uint32(9 + at)),)) == stream
+        device, on, address, *sizes = driver.launches[-1]
+        assert (device, on) == (0, stream)
+        assert sizes == [1000, 3, 2, 1, 128, 1, 1, 64]
+        assert words(address, 6) == [(at << 20) + 20, 5, at << 30, table.ptr, 0, 9 + at]
+
+
+def test_structs_are_replaced_whole(driver: Driver) -> None:
+    """Each load of an adapter passes another slot and other records to one launch."""
+    record = np.dtype([("a", np.uint64), ("rank", np.int32), ("scale", np.float32)])
+    first = np.zeros(1, np.dtype([("records", record, (2,))]))
+    ready = _jit.Ready(_jit.Launch(KERNEL, (1, 1, 1), (on_gpu((4,), INT32, ptr=4096), np.int32(7), first)), 0)
+    ready((), 5)
+    assert words(driver.launches[-1][2], 3) == [4096, 7, 0]
+    for slot in (3, 1):
+        records = np.array([(11 + slot, 16, 0.5), (12, 8, 2.0)], record)
+        ready((), 5, ((1, np.int32(slot)), (2, records)))
+        address = driver.launches[-1][2]
+        assert words(address, 2) == [4096, slot]
+        place = ctypes.c_uint64.from_address(address + 16).value
+        assert ctypes.string_at(place, 32) == records.tobytes()
+
+
+def test_a_call_inside_a_call_has_arguments_of_its_own(driver: Driver) -> None:
+    """As another thread's, while the driver reads the first one's."""
+    x = on_gpu((4,), INT32)
+    kept = Kept(_jit.Launch(KERNEL, (1, 1, 1), (x,)), (x,))
+
+    def another() -> None:
+        driver.during = None
+        kept.run([222], (), False)
+
+    driver.during = another
+    kept.run([111], (), False)
+    assert [words(address, 1) for _, _, address, *_ in driver.launches] == [[222], [111]]
+
+
+def test_each_thread_gets_a_context_once_a_device(driver: Driver) -> None:
+    arrays = [on_gpu((4,), INT32, device) for device in (0, 1)]
+    kept = [Kept(_jit.Launch(KERNEL, (1, 1, 1), (array,)), (array,)) for array in arrays]
+
+    def calls() -> None:
+        for each in (*kept, *kept):
+            each.run([1], (), False)
+
+    calls()
+    thread = threading.Thread(target=calls)
+    thread.start()
+    thread.join()
+    assert [launch[0] for launch in driver.launches] == [0, 1] * 4, "launched on the device of the arrays"
+    assert [launch[3] for launch in driver.launches] == [1000, 1001] * 4
+    assert [device for _, device in driver.contexts] == [0, 1, 0, 1]
+    assert len({ident for ident, _ in driver.contexts}) == 2
+    assert driver.current == 0
+
+
+def test_an_empty_grid_launches_nothing(driver: Driver) -> None:
+    x = on_gpu((4,), INT32)
+    Kept(_jit.Launch(KERNEL, (0, 1, 1), (x,)), (x,)).run([1], (), False)
+    _jit.run(_jit.Launch(KERNEL, (1, 0, 1), (x,)), 0)
+    assert driver.launches == []
+    _jit.run(_jit.Launch(KERNEL, (1, 1, 1), (x,)), 0)
+    assert len(driver.launches) == 1
+
+
+@pytest.mark.parametrize("apart", [0, 1, 15, 16, 31, 32, 33])
+def test_apart_is_exact(driver: Driver, apart: int) -> None:
+    out, other = on_gpu((8,), INT32), on_gpu((4,), INT32)  # 32 and 16 bytes
+    kept = Kept(_jit.Launch(KERNEL, (1, 1, 1), (out, other)), (out, other), ((0, 1),))
+    assert kept.clear([4096, 4096 + apart]) == (apart >= 32)
+    assert kept.clear([4096, 4096 - apart]) == (apart >= 16)
+    empty = on_gpu((0,), INT32)
+    assert Kept(_jit.Launch(KERNEL, (1, 1, 1), (out,)), (out, empty), ((0, 1),)).clear([4096, 4096])
+
+
+def test_a_layout_is_not_taken_for_another() -> None:
+    """Not by strides, dtype, device or alignment; nor an argument that is not there."""
+    base = on_gpu((4, 8), FLOAT16, ptr=1 << 30)
+    others = [
+        on_gpu((8, 4), FLOAT16, ptr=1 << 30),
+        Array(1 << 30, (4, 8), (16, 1), FLOAT16, 0, None),
+        on_gpu((4, 8), BFLOAT16, ptr=1 << 30),
+        on_gpu((4, 8), FLOAT16, 1, ptr=1 << 30),
+        on_gpu((4, 8), FLOAT16, ptr=(1 << 30) + 2),
+        None,
+    ]
+    layouts = {tuple(_arrays.read(("x",), (array,))[0]) for array in (base, *others)}
+    assert len(layouts) == 1 + len(others)
+    assert tuple(_arrays.read(("x",), (on_gpu((4, 8), FLOAT16, ptr=1 << 31),))[0]) in layouts
+
+
+# ---- the ops over them --------------------------------------------------------------------------
+def half(tokens: int = 8, rank: int = 16, width: int = 64) -> tuple[Array, Array, Array, Array]:
+    """x, weights, y and the indices of a shrink."""
+    return (
+        on_gpu((tokens, width), FLOAT16),
+        on_gpu((3, rank, width), FLOAT16),
+        on_gpu((tokens, rank), FLOAT32),
+        on_gpu((tokens,), INT32),
+    )
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
+    """The plans that this function makes from now on."""
+    made: list[str] = []
+    plan = getattr(module, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(name)
+        return plan(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+    return made
+
+
+def test_shrink_and_expand_are_planned_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_lora import _lora_plan
+
+    made = planned(monkeypatch, _lora_plan, "_half_kernel")
+    for _ in range(3):
+        x, a, y, slots = half()
+        cupy_lora.bgmv_shrink(x, a, y, slots, 0.5)
+        assert words(driver.launches[-1][2], 5) == [x.ptr, a.ptr, 0, y.ptr, slots.ptr]
+        v, b, out = on_gpu((8, 16), FLOAT32), on_gpu((3, 64, 16), FLOAT16), on_gpu((8, 192), FLOAT16)
+        cupy_lora.bgmv_expand_slice(v, b, out, slots, 64, 64)
+        segments = [on_gpu((2,), INT32) for _ in range(3)]
+        cupy_lora.sgmv_shrink(x, a, y, *segments, 2, 8, 0.5)
+        assert words(driver.launches[-1][2], 7) == [x.ptr, a.ptr, 0, y.ptr, *(array.ptr for array in segments)]
+        cupy_lora.sgmv_expand_slice(v, b, out, *segments, 2, 8, 64, 64)
+    assert len(made) == 4
+    assert len(driver.launches) == 12
+
+
+def test_a_slice_moves_with_the_output(driver: Driver) -> None:
+    for _ in range(2):
+        v, b, out = on_gpu((8, 16), FLOAT32), on_gpu((3, 64, 16), FLOAT16), on_gpu((8, 192), FLOAT16)
+        out.obj = object()
+        cupy_lora.bgmv_expand_slice(v, b, out, on_gpu((8,), INT32), 64, 64)
+        assert words(driver.launches[-1][2], 4) == [v.ptr, b.ptr, 0, out.ptr + 2 * 64]
+
+
+def test_the_drop_in_functions_are_planned_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_lora import _punica_plan
+
+    made = planned(monkeypatch, _punica_plan, "_half_kernel")
+    for _ in range(3):
+        y, x, pointers = on_gpu((8, 16), FLOAT16), on_gpu((8, 64), FLOAT16), on_gpu((2,), INT64)
+        punica_kernels.dispatch_bgmv(y, x, pointers, on_gpu((8,), INT64), 1, 1.0)
+        starts, ends = on_gpu((2,), INT32), on_gpu((2,), INT32)
+        punica_kernels.sgmv_cutlass(y, x, pointers, starts, ends, None, 0)
+        punica_kernels.sgmv_shrink(y, x, pointers, starts, ends, None, 0)
+        assert words(driver.launches[-1][2], 6) == [x.ptr, 0, pointers.ptr, y.ptr, starts.ptr, ends.ptr]
+    assert len(made) == 3
+
+
+def test_a_kept_plan_does_not_skip_a_check(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, a, y, slots = half()
+    cupy_lora.bgmv_shrink(x, a, y, slots, 1.0)
+    segments = [on_gpu((2,), INT32) for _ in range(3)]
+    cupy_lora.sgmv_shrink(x, a, y, *segments, 2, 8, 1.0)
+    cupy_lora.sgmv_shrink(x, a, y, *segments, 2, 1, 1.0)
+    before = len(driver.launches)
+    inside = on_gpu(y.shape, FLOAT32, ptr=x.ptr + 16)
+    bad: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (TypeError, "scaling: expected a real number, got bool", lambda: cupy_lora.bgmv_shrink(x, a, y, slots, True)),
+        (TypeError, "scaling: expected a real", lambda: cupy_lora.bgmv_shrink(x, a, y, slots, np.ones(1))),
+        (ValueError, "overlaps inputs", lambda: cupy_lora.bgmv_shrink(x, a, inside, slots, 1.0)),
+        (TypeError, "lora_indices_tensor: expected an array", lambda: cupy_lora.bgmv_shrink(x, a, y, None, 1.0)),
+        (ValueError, "same device", lambda: cupy_lora.bgmv_shrink(x, on_gpu(a.shape, FLOAT16, 1), y, slots, 1.0)),
+        (TypeError, "batches: expected", lambda: cupy_lora.sgmv_shrink(x, a, y, *segments, 2.0, 8, 1.0)),
+        (TypeError, "max_seq_len", lambda: cupy_lora.sgmv_shrink(x, a, y, *segments, 2, True, 1.0)),
+        (ValueError, "batches: expected the length", lambda: cupy_lora.sgmv_shrink(x, a, y, *segments, 3, 8, 1.0)),
+    ]
+    for error, text, call in bad:
+        with pytest.raises(error, match=text):
+            call()
+    assert len(driver.launches) == before
+    cupy_lora.bgmv_shrink(x, a, y, slots, 1.0)
+    assert len(driver.launches) == before + 1
+    monkeypatch.setenv("CUPY_LORA_DEBUG", "1")
+    monkeypatch.setattr(_halves, "debug_slots", lambda *args: pytest.fail("looked at"))
+    with pytest.raises(pytest.fail.Exception, match="looked at"):
+        cupy_lora.bgmv_shrink(x, a, y, slots, 1.0)
+
+
+def test_in_place_and_fresh_outputs_of_a_norm_are_kept(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned(monkeypatch, norm, "plan_rms_norm")
+    monkeypatch.setattr(norm, "empty", on_gpu)
+    w = on_gpu((64,), FLOAT16)
+    for _ in range(3):
+        x = on_gpu((8, 64), FLOAT16)
+        assert cupy_lora.rms_norm(x, w, 1e-6, x) is x
+        assert words(driver.launches[-1][2], 4) == [x.ptr, 0, w.ptr, x.ptr]
+        out = cupy_lora.rms_norm(x, w, 1e-6)
+        assert words(driver.launches[-1][2], 4) == [x.ptr, 0, w.ptr, out.ptr]
+        y = on_gpu((8, 64), FLOAT16)
+        assert cupy_lora.rms_norm(x, w, 1e-6, y) is y
+        assert words(driver.launches[-1][2], 4) == [x.ptr, 0, w.ptr, y.ptr]
+        cupy_lora.fused_add_rms_norm(x, y, w)
+        assert words(driver.launches[-1][2], 4) == [x.ptr, y.ptr, w.ptr, x.ptr]
+    assert len(made) == 4
+    with pytest.raises(ValueError, match="out: expected memory apart from that of weight"):
+        cupy_lora.rms_norm(x, w, 1e-6, on_gpu((8, 64), FLOAT16, ptr=w.ptr - 64))
+
+
+# ---- where the kernels run ----------------------------------------------------------------------
+def test_kept_segments_of_host_memory_are_checked_again(engine: engines.Engine) -> None:
+    rng = np.random.default_rng(0)
+    x, a = (rng.standard_normal(shape).astype(np.float16) for shape in ((6, 32), (2, 8, 32)))
+    given = [engine.array(x), engine.array(a), engine.array(np.zeros((6, 8), np.float32))]
+
+    def vectors(*values: list[int]) -> list[Any]:
+        return [engine.array(np.array(value, np.int32)) for value in values]
+
+    for starts, lengths in (([0, 3], [3, 3]), ([0, 2], [2, 4])):
+        cupy_lora.sgmv_shrink(*given, *vectors(starts, lengths, [1, 0]), 2, 4, 1.0)
+        want = np.concatenate([x[: lengths[0]] @ a[1].T.astype(np.float64), x[lengths[0] :] @ a[0].T.astype(float)])
+        np.testing.assert_allclose(engine.numpy(given[2]), want, rtol=1e-5, atol=1e-4)
+    if engine.name != "gpu":  # on a device only the debug switch looks
+        with pytest.raises(ValueError, match="expected segments that do not overlap"):
+            cupy_lora.sgmv_shrink(*given, *vectors([0, 2], [3, 3], [1, 0]), 2, 4, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_a_thread_that_never_used_the_gpu_can_call(gpu: engines.Engine, own_stream: bool) -> None:
+    """Its first call is a kept one: nothing before it makes the thread's context."""
+    import cupy
+
+    data = cases.build(cases.Case(8, 128, (128,), (16, 16), "random"))
+    stream = cupy.cuda.Stream(non_blocking=True) if own_stream else cupy.cuda.Stream.null
+    stream.use()
+    try:
+        weights, batch = cases.load(data, gpu.device, gpu.array)
+        x, first, second = (gpu.array(host) for host in (data.x, data.y, data.y))
+        cupy_lora.add_lora(first, x, weights, batch)
+        stream.synchronize()
+        failed: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                if own_stream:
+                    stream.use()
+                cupy_lora.add_lora(second, x, weights, batch)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        assert not failed, failed
+        stream.synchronize()
+        tolerance.assert_same_bits(gpu.numpy(second), gpu.numpy(first))
+    finally:
+        cupy.cuda.Stream.null.use()
+
+
+@pytest.mark.gpu
+def test_many_threads_make_one_kept_call(gpu: engines.Engine) -> None:
+    """Each launch reads the arguments of its own call."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 256)).astype(np.float16)
+    w = gpu.array(np.ones(256, np.float16))
+    inputs = [gpu.array((x * (i + 1)).astype(np.float16)) for i in range(8)]
+    outputs = [gpu.array(np.zeros_like(x)) for _ in inputs]
+    want = [gpu.numpy(cupy_lora.rms_norm(array, w)) for array in inputs]
+
+    def calls(i: int) -> None:
+        for _ in range(300):
+            cupy_lora.rms_norm(inputs[i], w, 1e-6, outputs[i])
+
+    threads = [threading.Thread(target=calls, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, expected in zip(outputs, want, strict=True):
+        tolerance.assert_same_bits(gpu.numpy(got), expected)
