@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from . import bench_lora
-from .bench_lora import Layer, build_batch, build_set, check_layer, layer_calls, scale_of, slots_of
+from .bench_lora import Layer, build_batch, build_set, check_layer, layer_calls, scale_of
 from .harness import Rig
 from .model import Case, Work
 
