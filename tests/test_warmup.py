@@ -386,8 +386,12 @@ def test_a_process_without_a_compiler_runs_from_the_folder(
 
 @pytest.mark.gpu
 def test_the_first_call_after_a_warmup_compiles_nothing(gpu: engines.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy_lora.warmup(layers=[(128, 128)], ranks=(8, 16), tokens=(8,), max_adapters=2)
-    monkeypatch.setattr(_cubins, "compile_unit", lambda unit: pytest.fail(f"compiled {unit}"))
+    cupy_lora.warmup(layers=[(128, 128)], ranks=(8, 16), tokens=(8,), max_adapters=2, dtype="bfloat16")
+
+    def refuse(unit: _cubins.Unit) -> bytes:
+        raise RuntimeError(f"compiled {unit}")
+
+    monkeypatch.setattr(_cubins, "compile_unit", refuse)
     data = cases.build(cases.Case(8, 128, (128,), (8, 16), "random"))
     weights, batch = cases.load(data, gpu.device, gpu.array)
     y = gpu.array(data.y)
