@@ -28,7 +28,7 @@ help: ## list the targets
 
 setup: $(BASE) ## make the environment that demo and test need
 
-demo: $(BASE) ## answer 16 requests with 5 LoRA adapters in one batch, each checked against its merged model
+demo: $(BASE) ## answer 18 requests with 5 LoRA adapters in one batch, each checked against its merged model
 	$(PY) -m cupy_lora demo $(ARGS)
 
 test: $(BASE) ## run every test that this machine can run

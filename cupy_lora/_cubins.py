@@ -54,8 +54,10 @@ def file_name(unit: Unit, compiler: Sequence[int] = ()) -> str:
     """The file of a unit; in the cache the compiler's version is part of it."""
     source, _, arch = unit
     flags = [flag for flag in options(unit) if not flag.startswith("-I")]  # the folder of the sources may move
-    identity = json.dumps([source_text(source), flags, list(compiler)])
-    return f"{source}-sm_{arch}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.cubin"
+    path = _paths.cuda_src() / f"{source}.cu"
+    own = "" if path.parent == _paths.cuda_src() else path.read_text(encoding="utf-8")  # a test's: not in the digest
+    identity = json.dumps([source_text(source), own, flags, list(compiler)])
+    return f"{path.stem}-sm_{arch}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.cubin"
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,6 @@ class Batch:
     tokens: XpArray  # (n,) int64
     sequences: Sequence[Any]  # what Ops.open gave
     bounds: Sequence[int]  # (len(sequences) + 1,): the rows of sequence i are bounds[i] .. bounds[i + 1]
-    slots: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # (n,) adapter of each row, -1 = none
 
 
 class Ops:

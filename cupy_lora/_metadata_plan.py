@@ -10,7 +10,6 @@ import numpy as np
 
 from . import _jit
 from ._arrays import INT32, Array
-from ._lora_checks import integer
 
 RAGGED_TOTAL = 6  # position of the result's length among the arguments of the ragged launch
 
@@ -89,10 +88,6 @@ def metadata_kernel(
     return _jit.Kernel("metadata", symbol, defines, block, shared)
 
 
-def _hint(name: str, value: Any) -> int:
-    return max(1, integer(name, value, -(2**62)))
-
-
 def _row_grid(shape: Shape, rows: int, hint: int) -> tuple[int, int, int]:
     """Blocks for all rows, and for all chunks of a row of ``hint`` items."""
     return -(-rows // (shape.block // shape.lanes)), min(-(-hint // (shape.lanes * shape.items)), _MOST_CHUNKS), 1
@@ -103,8 +98,8 @@ def _stride(array: Array) -> np.int64:
     return stride
 
 
-def _ragged_grid(table: Array, batch: int, max_current_length: Any, block: int = _BLOCK) -> tuple[int, int, int]:
-    longest = min(_hint("max_current_length", max_current_length), max(table.shape[1], 1))
+def _ragged_grid(table: Array, batch: int, max_current_length: int, block: int = _BLOCK) -> tuple[int, int, int]:
+    longest = min(max(max_current_length, 1), max(table.shape[1], 1))
     return batch, min(-(-longest // (_PER_THREAD * block)), _MOST_CHUNKS), 1
 
 
@@ -180,7 +175,7 @@ def decode_step(
 def padded(cu: Array, table: Array, ragged: Array, max_blocks: int) -> _jit.Launch:
     """The launch of :func:`cupy_lora.block_tables_to_padded` for checked arrays."""
     rows, width = table.shape
-    hint = _hint("max_blocks", max_blocks)
+    hint = max(max_blocks, 1)
     shape = choose_shape(hint)
     roles = (("CUMULATIVE", cu.dtype), ("TABLE", table.dtype), ("RAGGED", ragged.dtype))
     return _jit.Launch(
@@ -202,7 +197,7 @@ def copy_next_input_ids(
     rows: Array, cached: Array, new: Array, prompts: Array, tokens: Array, cu: Array, max_next_input_ids: int
 ) -> _jit.Launch:
     """The launch of :func:`cupy_lora.copy_next_input_ids_inplace` for checked arrays."""
-    hint = _hint("max_next_input_ids", max_next_input_ids)
+    hint = max(max_next_input_ids, 1)
     shape = choose_shape(hint)
     roles = (
         ("TOKEN", rows.dtype),
@@ -235,7 +230,7 @@ def position_slot_ids(
 ) -> _jit.Launch:
     """The launch of :func:`cupy_lora.prepare_position_slot_ids` for checked arrays."""
     rows = cached.shape[0]
-    hint = _hint("max_input_length", max_input_length)
+    hint = max(max_input_length, 1)
     shape = choose_shape(hint, computed=True)
     roles = (
         ("CACHE_LENGTH", cached.dtype),
@@ -254,7 +249,7 @@ def position_slot_ids(
 def slots_filtering(source: Array, target: Array, cu: Array, starts: Array, max_slots: int) -> _jit.Launch:
     """The launch of :func:`cupy_lora.slots_filtering` for checked arrays."""
     rows = starts.shape[0]
-    hint = _hint("max_slots", max_slots)
+    hint = max(max_slots, 1)
     shape = choose_shape(hint)
     roles = (("SLOT", source.dtype), ("FILTERED", target.dtype), ("CUMULATIVE", cu.dtype), ("START", starts.dtype))
     return _jit.Launch(

@@ -61,6 +61,8 @@ class PagedKvCache:
     ----------
     pages : array, shape (num_pages, num_layers, 2, num_kv_heads, page_size, head_dim)
         The pool, not initialised.
+    page_ptrs : array of int64, shape (num_pages,)
+        Address of each page: for block tables that name pages by their index, ``kv_ptrs = page_ptrs[table]``.
     kv_ptrs, kv_indptr, last_page_offset : array
         The tables at full capacity (``num_pages``, ``num_pages + 1``, ``num_pages`` entries), at addresses that do
         not change: what a captured graph should refer to. :meth:`batch` fills their beginning.
@@ -106,6 +108,7 @@ class PagedKvCache:
         self.last_page_offset = _arrays.empty((num_pages,), INT32, self.device)
         self._base = view("pages", self.pages).ptr
         self._page_bytes = self.num_layers * 2 * self.num_kv_heads * page_size * head_dim * self.dtype.itemsize
+        self.page_ptrs = self._addresses()
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack; page 0 goes first
         self._num_free = self.num_pages
         self._sequences: dict[int, _Sequence] = {}
@@ -223,6 +226,13 @@ class PagedKvCache:
         return KvBatch(*(target[: table.shape[0]] for table, target in zip(tables, targets, strict=True)))
 
     # ---- inside
+    def _addresses(self) -> Any:
+        if self.device == CPU:
+            return self._base + np.arange(self.num_pages, dtype=np.int64) * self._page_bytes
+        cupy = _jit._cupy()
+        with cupy.cuda.Device(self.device):
+            return self._base + cupy.arange(self.num_pages, dtype=np.int64) * self._page_bytes
+
     def _ids(self, sequences: int | Iterable[int]) -> list[int]:
         if isinstance(sequences, (int, np.integer)):
             return [int(sequences)]

@@ -80,7 +80,7 @@ class LoraBatch:
         self._schedules: dict[int, tuple[Array, int]] = {}
         self._plans = Plans(_env.DISABLE_SGMV)
         self._staging: Any = None
-        self.step_plans = Plans()  # of prepare_decode_step
+        self.step_plans = Plans(_env.DISABLE_SGMV)  # of prepare_decode_step
         if self.device != CPU:
             self.prepare()
             _ahead.new_batch(self)
@@ -149,15 +149,13 @@ class LoraBatch:
             self._set_by_loop(host_copy(slots))
         self.num_tokens = count
 
-    def begin_update(self, slots: Array, *, plan: bool = True) -> _jit.Launch | None:
+    def begin_update(self, slots: Array) -> _jit.Launch | None:
         """What :meth:`update` does, but for its launch, which is the caller's to run or to take over.
 
         Parameters
         ----------
         slots : Array
             A vector of int32 or int64 on the batch's own device.
-        plan : bool
-            False: the caller has the launch already.
 
         Returns
         -------
@@ -174,11 +172,18 @@ class LoraBatch:
         launch = None
         if self._has_kernels():
             self.expect(slots.numpy() if self.device == CPU else None)
-            launch = self._plan(slots, None) if plan else None
+            launch = self._plan(slots, None)
         elif self.device != CPU:
             self._set_by_loop(host_copy(slots))
         self.num_tokens = count
         return launch
+
+    def note_update(self, slots: Any) -> None:
+        """:meth:`begin_update` of a vector like an earlier one, whose launch the caller has kept."""
+        if self.device == CPU:
+            self.begin_update(slots)
+        else:
+            self.tile_counts, self.has_indices, self.num_tokens = None, False, slots.shape[0]
 
     def update_segments(self, indptr: Any, slots: Any, *, num_tokens: int | None = None) -> None:
         """Set the slots by segments of consecutive rows.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from simt.devices import on_cpu
-from test_attention import Case, build, call
+from test_attention import Case, build, call, workspace
+
+from cupy_lora import _attention_plan
 
 pytestmark = pytest.mark.simt
 
@@ -31,3 +33,19 @@ def test_decode_copies_either_way(group: int, dim: int, page: int, rope: str | N
         with on_cpu(arch=arch) as engine:
             outs.append(np.array(call(build(engine, case))).view(np.uint16))
     np.testing.assert_array_equal(outs[1], outs[0])
+
+
+@pytest.mark.parametrize(("heads", "keys", "chunk"), [(4, 2048, 256), (4, 2049, 512), (1, 2560, 256)])
+def test_chunks_of_a_long_sequence(heads: int, keys: int, chunk: int) -> None:
+    """The cut is where attention_decode.cuh says, and changes no bit of ten chunks that are folded at the end."""
+    case = Case((keys,), None, heads=heads, group=2, page=256, shared=True)
+    outs = []
+    with on_cpu() as engine:
+        data = build(engine, case)
+        for chunks in (0, 100):
+            space = workspace(engine, chunks, case)
+            outs.append(np.array(call(data, workspace=space)).view(np.uint16))
+    np.testing.assert_array_equal(outs[1], outs[0])
+    rows = space[4 * _attention_plan.COUNTERS :].view(np.float32)[: 100 * heads * case.group * 4]
+    written = rows.reshape(100, -1).any(axis=1)
+    assert written.sum() == -(-keys // chunk)

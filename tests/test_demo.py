@@ -15,10 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import cupy_lora
-from cupy_lora import _llama, demo, load_peft
+from cupy_lora import _demo_model, _llama, _merged, _server, load_peft
 from cupy_lora.__main__ import main
+from cupy_lora._demo_model import ADAPTERS, DEMO_CONFIG
 from cupy_lora._llama import Batch, Llama, LlamaConfig, Ops, forward, from_float32, read_config, to_float32
-from cupy_lora.demo import ADAPTERS, DEMO_CONFIG, DTYPES, MergedOps, ServedOps, Verdict
+from cupy_lora._merged import MergedOps, Verdict
+from cupy_lora._served import ServedOps
+from cupy_lora.demo import DTYPES
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "expected.json").read_text())
 FLOAT32 = np.dtype(np.float32)
@@ -28,7 +31,7 @@ NAMES = sorted(folder.name for folder in ADAPTERS.iterdir())
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    demo.write_demo_model(path)
+    _demo_model.write_demo_model(path)
     return path
 
 
@@ -96,7 +99,7 @@ def test_sequences_of_a_batch_do_not_see_each_other(checkpoint):
 
 def test_the_checkpoint_has_the_same_bits_everywhere():
     digest = hashlib.sha256()
-    for name, tensor in demo.demo_tensors().items():
+    for name, tensor in _demo_model.demo_tensors().items():
         digest.update(name.encode() + tensor.tobytes())
     assert digest.hexdigest() == "cd14e5169e626e154779ce7c4b1f25772ff80af2f82a2b6600324dc3f4248ece"
 
@@ -107,10 +110,10 @@ def test_a_checkpoint_that_was_cut_short_is_written_again(tmp_path, monkeypatch)
 
     monkeypatch.setattr(json, "dumps", fail)
     with pytest.raises(OSError, match="disk full"):
-        demo.write_demo_model(tmp_path)
+        _demo_model.write_demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    demo.write_demo_model(tmp_path)
+    _demo_model.write_demo_model(tmp_path)
     assert read_config(tmp_path) == DEMO_CONFIG
 
 
@@ -243,15 +246,16 @@ def served(request, checkpoint):
     dtype = DTYPES[request.param]
     model = Llama.read(checkpoint, np, dtype)
     adapters = [load_peft(ADAPTERS / name) for name in NAMES]
-    requests = demo.make_requests(12, len(adapters), 256)
-    ops = ServedOps(model, dtype, [load_peft(ADAPTERS / name, dtype=dtype) for name in NAMES], 500, 100)
-    demo.serve(ops, requests, 8, 5)
+    requests = _server.make_requests(12, len(adapters), 256)
+    rounded = [load_peft(ADAPTERS / name, dtype=dtype) for name in NAMES]
+    ops = ServedOps(model, dtype, rounded, 500, _server.room_for(requests, 8))
+    _server.serve(ops, requests, 8, 5)
     return model, dtype, adapters, requests
 
 
 def test_every_request_agrees_and_every_adapter_shows(served):
     model, dtype, adapters, requests = served
-    verdicts = demo.check(model, dtype, adapters, requests)
+    verdicts = _merged.check(model, dtype, adapters, requests)
     assert sorted(verdicts) == [request.name for request in requests]
     for request in requests:
         verdict = verdicts[request.name]
@@ -265,16 +269,18 @@ def test_every_request_agrees_and_every_adapter_shows(served):
 
 @pytest.mark.simt
 @pytest.mark.slow
-def test_the_cuda_sources_serve_the_demo(checkpoint):
+def test_the_cuda_sources_serve_the_demo(checkpoint, monkeypatch):
     dtype = DTYPES["float16"]
     model = Llama.read(checkpoint, np, dtype)
     adapters = [load_peft(ADAPTERS / name) for name in NAMES]
-    requests = demo.make_requests(6, len(adapters), 256)
+    requests = _server.make_requests(6, len(adapters), 256)
     for request in requests:
         del request.prompt[4:]
+        request.shared = 2
+    monkeypatch.setattr(_server, "CHUNK", 3)
     with engines.running("simt"):
-        demo.serve(ServedOps(model, dtype, adapters, 24, 6), requests, 2, 6)
-    verdicts = demo.check(model, dtype, adapters, requests)
+        _server.serve(ServedOps(model, dtype, adapters, 24, _server.room_for(requests, 2)), requests, 2, 3)
+    verdicts = _merged.check(model, dtype, adapters, requests)
     assert {name: verdict for name, verdict in verdicts.items() if not verdict.passed} == {}
 
 
@@ -287,19 +293,58 @@ def test_an_adapter_changes_the_tokens(served):
 
 def test_a_step_mixes_prompts_and_single_tokens_of_many_adapters(checkpoint, monkeypatch):
     model = Llama.read(checkpoint, np, DTYPES["float16"])
-    requests = demo.make_requests(8, len(NAMES), 256)
-    ops = ServedOps(model, DTYPES["float16"], [load_peft(ADAPTERS / name) for name in NAMES], 500, 100)
+    requests = _server.make_requests(8, len(NAMES), 256)
+    adapters = [load_peft(ADAPTERS / name) for name in NAMES]
+    ops = ServedOps(model, DTYPES["float16"], adapters, 500, _server.room_for(requests, 4))
     seen = []
     begin = ops.begin
-    monkeypatch.setattr(ops, "begin", lambda batch: (seen.append(batch), begin(batch)))
-    ticks = []
-    demo.serve(ops, requests, 4, 6, lambda: ticks.append(1))
-    assert len(ticks) == 5  # two admissions, four tokens each
-    lengths = np.diff(seen[1].bounds)
-    assert lengths.tolist() == [1] * 6 + [len(request.prompt) for request in requests[6:]]
-    assert set(seen[1].slots) == {-1, 0, 1, 2, 3, 4}
+
+    def watch(batch):
+        seen.append((np.diff(batch.bounds).tolist(), ops.schedule.indices[: batch.bounds[-1]].tolist(), batch))
+        begin(batch)
+
+    monkeypatch.setattr(ops, "begin", watch)
+    answered = []
+    _server.serve(ops, requests, 4, 6, answered.append)
+    assert sum(answered) == 8 * 4
+    lengths = [len(request.prompt) for request in requests]
+    assert max(lengths[:6]) > 32 >= min(lengths[:6])
+    # First the chunks of six prompts; then what is left of them, or a token, beside the chunks of two more: the system
+    # prompts of theirs are in the cache.
+    assert seen[0][0] == [min(length, 32) for length in lengths[:6]]
+    assert seen[1][0] == [max(length - 32, 1) for length in lengths[:6]] + [
+        min(length - requests[0].shared, 32) for length in lengths[6:]
+    ]
+    assert seen[1][1] == np.repeat([-1, 0, 1, 2, 3, 4, -1, 0], seen[1][0]).tolist()
+    assert any(batch.single for *_, batch in seen)
     assert all(len(request.tokens) == len(request.logits) == 4 for request in requests)
-    assert ops.cache.free_pages == ops.cache.num_pages  # every request gave its pages back
+    assert ops.cache.free_pages == ops.cache.num_pages  # every request gave its slots back
+
+
+def test_requests_of_an_adapter_share_the_slots_of_the_system_prompt(checkpoint):
+    model = Llama.read(checkpoint, np, DTYPES["float16"])
+    requests = _server.make_requests(12, len(NAMES), 256)
+    ops = ServedOps(model, DTYPES["float16"], [load_peft(ADAPTERS / name) for name in NAMES], 500, 3000)
+    server = _server.Server(ops, 100, 4)
+    server.admit(requests[:6])
+    server.admit(requests[6:7])  # the system prompt of the bare model is not in the cache yet
+    shared = requests[0].shared
+    assert [row.cached for row in server.rows] == [0] * 7
+    server.step()
+    server.admit(requests[7:8])
+    tables = server.block_tables
+    assert server.rows[7].cached == shared
+    assert (tables[7, :shared] == tables[1, :shared]).all()
+    rows = [set(tables[i, : server.rows[i].size].tolist()) for i in range(8)]
+    for i, one in enumerate(rows):
+        for k, other in enumerate(rows[:i]):
+            assert len(one & other) == (shared if (i, k) == (7, 1) else 0)
+    server.retire([7, 2])
+    assert (server.block_tables[0, : server.rows[0].size] == tables[7, : server.rows[0].size]).all()
+    assert (server.block_tables[1, : server.rows[1].size] == tables[2, : server.rows[1].size]).all()
+    server.retire([])
+    server.close()
+    assert ops.cache.free_pages == ops.cache.num_pages
 
 
 def wrong_scale(real):
@@ -342,6 +387,56 @@ def test_a_fault_in_add_lora_fails_the_demo(cache, monkeypatch, capsys, fault):
     assert "are further from their merged model than rounding" in " ".join(capsys.readouterr().out.split())
 
 
+def nothing(real):
+    return lambda *args, **kwargs: None
+
+
+def positions_one_on(real):
+    def prepare(*args, **kwargs):
+        real(*args, **kwargs)
+        positions = kwargs["position_ids"] if kwargs else args[4]
+        positions += 1
+
+    return prepare
+
+
+def entries_moved_on(real):
+    def ragged(**kwargs):
+        out = real(**kwargs)
+        out[:] = np.roll(out, 1)
+        return out
+
+    return ragged
+
+
+def slots_of_others(real):
+    return lambda longest, cu, tables, slots: real(longest, cu, tables, slots[::-1].copy())
+
+
+def slots_of_the_first(real):
+    return lambda longest, slots, filtered, cu, starts: real(longest, slots, filtered, cu, starts * 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("copy_next_input_ids_inplace", nothing),
+        ("prepare_position_slot_ids", positions_one_on),
+        ("prepare_decode_step", positions_one_on),
+        ("block_tables_to_ragged", entries_moved_on),
+        ("block_tables_to_padded", slots_of_others),
+        ("slots_filtering", slots_of_the_first),
+        ("append_kv", nothing),
+        ("init_kv", nothing),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # nothing stored: what is in the memory is read
+def test_a_fault_in_the_tables_fails_the_demo(cache, monkeypatch, capsys, name, fault):
+    monkeypatch.setattr(cupy_lora, name, fault(getattr(cupy_lora, name)), raising=False)
+    assert run_demo("--tokens", "6", "--requests", "7", "--admit", "3") == 1
+    assert "are further from their merged model than rounding" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_nan_never_passes():
     assert not Verdict(float("nan"), 1.0, 1.0).passed
     assert not Verdict(0.0, float("nan"), 1.0).passed
@@ -363,7 +458,7 @@ def test_the_demo_passes(cache, capsys, dtype):
 
 def test_the_second_run_takes_the_model_from_the_cache(cache, monkeypatch):
     assert run_demo("--requests", "1", "--tokens", "1") == 0
-    monkeypatch.setattr(demo, "demo_tensors", None)
+    monkeypatch.setattr(_demo_model, "demo_tensors", None)
     assert run_demo("--requests", "1", "--tokens", "1") == 0
 
 

@@ -111,6 +111,17 @@ def test_tables_are_what_the_ops_take(engine: Engine):
         assert (held[1, :length].view(np.uint16) == np.array(new_v).view(np.uint16)).all()
 
 
+def test_block_tables_of_page_numbers_become_pointers(engine: Engine):
+    cache = make(device=engine.device)
+    cache.add(5)
+    sequences = [cache.add(3), cache.add(9)]
+    cache.extend(sequences[0], 2)
+    pages = [page for sequence in sequences for page in cache.pages_of(sequence)]
+    pointers = engine.numpy(cache.page_ptrs)
+    assert pointers.dtype == np.int64
+    assert pointers[pages].tolist() == engine.numpy(cache.batch(sequences).kv_ptrs).tolist()
+
+
 def test_the_tables_do_not_move(engine: Engine):
     cache = make(device=engine.device)
     one = cache.add(5)

@@ -74,6 +74,8 @@ def test_segments(kernels: engines.Engine) -> None:
         ([0], []),
         ([0, 0, 0], [1, 2]),
         ([0, 8, 16, 24, 32], [0, 0, 0, 0]),
+        ([0, 16, 32], [1, 0]),  # a row past the last segment would begin a tile of its own
+        ([0, 4, 20, 36, 40], [6, 0, 6, 1]),
     ]
     for indptr, slots in cases_of:
         rows = indptr[-1]

@@ -10,6 +10,7 @@ import pytest
 from simt.devices import on_cpu
 
 import cupy_lora
+from cupy_lora import _arrays, _jit
 from cupy_lora.dispatch import LoraConfig
 
 pytestmark = pytest.mark.simt
@@ -19,6 +20,7 @@ FORMS = {
     "direct-8-blocks": LoraConfig("direct", 8, 8, 4),
     "direct-one-block": LoraConfig("direct", 8, 1, 8),
     "direct-16-warps": LoraConfig("direct", 8, 1, 16, 1),
+    "direct-one-unit-ahead": LoraConfig("direct", 8, 1, 4, 1),
     "ring": LoraConfig("ring", 16, 2, 8, 4),
     "ring-one-block": LoraConfig("ring", 16, 1, 8, 3),
     "ring-32-rows": LoraConfig("ring", 32, 2, 8, 3),
@@ -27,12 +29,25 @@ FORMS = {
 }
 
 
-def add_lora(rank: int, form: str, clusters: int | None = None) -> np.ndarray:
+def add_lora(
+    rank: int,
+    form: str,
+    clusters: int | None = None,
+    *,
+    outs: tuple[int, ...] = (256, 64),
+    wide: int = 256,
+    tokens: int = 90,
+    padded: int | None = None,
+) -> np.ndarray:
+    """y after one launch; ``padded``: the rank that the adapters have by adding ranks of zeros."""
     rng = np.random.default_rng(21)
-    wide, outs, adapters, tokens = 256, (256, 64), 3, 90
+    adapters = 3
     slots = rng.integers(-1, adapters, tokens)
     a = rng.standard_normal((adapters, len(outs), rank, wide)).astype(np.float16)
     b = [rng.standard_normal((adapters, n, rank)).astype(np.float16) for n in outs]
+    if padded is not None:
+        a = np.pad(a, ((0, 0), (0, 0), (0, padded - rank), (0, 0)))
+        b = [np.pad(m, ((0, 0), (0, 0), (0, padded - rank))) for m in b]
     x = rng.standard_normal((tokens, wide)).astype(np.float16)
     y = (100 * rng.standard_normal((tokens, sum(outs)))).astype(np.float16)
     with on_cpu(clusters=clusters) as engine:
@@ -42,6 +57,8 @@ def add_lora(rank: int, form: str, clusters: int | None = None) -> np.ndarray:
                 slot, [engine.array(m) for m in a[slot]], [engine.array(m[slot]) for m in b], scale=0.5, copy=False
             )
         batch = cupy_lora.LoraBatch(1024, max_adapters=adapters, device="cpu")  # so many have lists of 32 rows
+        for tiles in batch.tiles.values():  # a record that no tile wrote may hold anything
+            tiles[...] = adapters
         batch.update(engine.array(slots))
         out = engine.array(y)
         cupy_lora.add_lora(out, engine.array(x), weights, batch, config=FORMS[form])
@@ -63,6 +80,61 @@ def test_same_bits_in_every_form(rank: int, form: str, clusters: int | None) -> 
 @pytest.mark.parametrize("form", ["direct", "direct-one-block", "ring"])
 def test_same_bits_at_a_rank_without_code_of_its_own(form: str) -> None:
     np.testing.assert_array_equal(add_lora(100, form, 1).view(np.uint16), usual(100).view(np.uint16))
+
+
+@functools.cache
+def usual_of_one_width(rank: int, outs: tuple[int, ...]) -> np.ndarray:
+    return add_lora(rank, "direct-8-blocks", outs=outs)
+
+
+@pytest.mark.parametrize("outs", [(512,), (256, 256)], ids=["512", "256+256"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rank", [16, 64, 100])
+def test_same_bits_where_units_fill_the_width(rank: int, form: str, outs: tuple[int, ...]) -> None:
+    got = add_lora(rank, form, 1, outs=outs)
+    np.testing.assert_array_equal(got.view(np.uint16), usual_of_one_width(rank, outs).view(np.uint16))
+
+
+@pytest.mark.parametrize(("rank", "wide", "form"), [(5, 4104, "direct"), (5, 6144, "direct-one-block")])
+def test_ranks_of_zeros_change_no_bit(rank: int, wide: int, form: str) -> None:
+    """Code for any rank, whose steps of so wide a leaf are not taken in equal shares, against code for 16."""
+    outs = (64,)
+    plain = add_lora(rank, form, wide=wide, tokens=9, outs=outs)
+    np.testing.assert_array_equal(plain, add_lora(rank, form, wide=wide, tokens=9, outs=outs, padded=16))
+
+
+def test_same_bits_at_the_largest_rank() -> None:
+    plain = add_lora(1000, "direct", tokens=9, outs=(64,))
+    np.testing.assert_array_equal(plain, add_lora(1000, "direct", tokens=9, outs=(64,), padded=1024))
+
+
+@pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block"])
+@pytest.mark.parametrize("later", [40, 90])
+def test_a_launch_replayed_with_a_larger_batch(later: int, form: str) -> None:
+    """As by a graph: the rows that its arrays lack are skipped, the others are those of the new batch."""
+    rng = np.random.default_rng(24)
+    wide, out, rank, adapters, tokens = 256, 128, 16, 2, 40
+    a = rng.standard_normal((adapters, rank, wide)).astype(np.float16)
+    b = rng.standard_normal((adapters, out, rank)).astype(np.float16)
+    x = rng.standard_normal((tokens, wide)).astype(np.float16)
+    slots = rng.integers(-1, adapters, later)
+    launches: list[_jit.Launch] = []
+    with on_cpu() as engine:
+        weights = cupy_lora.LoraWeights(wide, out, max_adapters=adapters, dtype="float16", device="cpu")
+        for slot in range(adapters):
+            weights.load(slot, engine.array(a[slot]), engine.array(b[slot]), copy=False)
+        batch = cupy_lora.LoraBatch(1024, max_adapters=adapters, device="cpu")
+        batch.update(engine.array(np.zeros(tokens, np.int64)))
+        x_array, y = engine.array(x), engine.array(np.zeros((tokens, out), np.float16))
+        with _jit.host_runner(launches.append):
+            cupy_lora.add_lora(y, x_array, weights, batch, config=FORMS[form])
+        batch.update(engine.array(slots))
+        _jit.run(launches[0], _arrays.CPU, None)
+        wanted = engine.array(np.zeros((tokens, out), np.float16))
+        batch.update(engine.array(slots[:tokens]))
+        cupy_lora.add_lora(wanted, x_array, weights, batch, config=FORMS[form])
+    assert np.abs(wanted.astype(np.float32)).max() > 0
+    np.testing.assert_array_equal(y.view(np.uint16), wanted.view(np.uint16))
 
 
 def bgmv(rank: int, **device: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupy_lora
-from cupy_lora import _arrays, _jit, _metadata_plan, metadata
+from cupy_lora import _arrays, _metadata_plan, metadata
 
 I32, I64 = np.dtype(np.int32), np.dtype(np.int64)
 WIDTHS = [pytest.param(I32, id="int32"), pytest.param(I64, id="int64")]
@@ -130,6 +130,7 @@ def test_wrong_device_lengths_stay_inside_the_arrays(engine: Engine, monkeypatch
         ({"cache_lengths_tensor": np.zeros(2, np.float32)}, TypeError, "cache_lengths_tensor: expected dtype"),
         ({"out": np.zeros(3, I64)}, TypeError, "out: expected dtype int32, got int64"),
         ({"out": np.zeros((3, 1), I32)}, ValueError, "out: expected shape"),
+        ({"max_current_length": 4.0}, TypeError, "max_current_length: expected an integer, got float"),
     ],
 )
 def test_ragged_names_what_is_wrong(change: dict[str, Any], error: type[Exception], text: str):
@@ -212,6 +213,28 @@ def test_decode_step_sets_the_batch_as_its_update_does(engine: Engine, sequences
                     assert tile[8 : 8 + tile[1]].tolist() == other[8 : 8 + tile[1]].tolist()
         assert engine.numpy(positions).tolist() == cached.tolist()
         assert NEVER not in engine.numpy(ragged)
+
+
+def test_decode_step_sets_the_batch_after_a_time_without_kernels(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """What a call kept while the environment turned the LoRA kernels off is not what a later one runs."""
+    batch = cupy_lora.LoraBatch(8, max_adapters=4, device=engine.device)
+    slots = engine.array(np.array([3, 1, -1], I32))
+    arrays = {
+        "block_tables": engine.array(np.zeros((3, 4), I32)), "input_lengths": engine.array(np.ones(3, I32)),
+        **{name: engine.array(np.zeros(3, I32)) for name in ("cache_lengths", "cu_slots", "position_ids")},
+        **{name: engine.array(np.zeros(3, I32)) for name in ("slot_indices", "block_tables_ragged")},
+    }  # fmt: skip
+
+    def step() -> None:
+        metadata.prepare_decode_step(**arrays, max_current_length=1, batch=batch, adapter_indices=slots)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("DISABLE_SGMV", "1")
+        step()
+        assert engine.numpy(batch.indices)[:3].tolist() == [3, 1, -1]
+    step()
+    if engine.name != "numpy":
+        assert engine.numpy(batch.counters)[: len(batch.heights)].tolist() == [2] * len(batch.heights)
 
 
 def test_decode_step_names_what_is_wrong_with_the_batch():
@@ -404,9 +427,10 @@ def test_errors_of_the_row_functions():
         cupy_lora.prepare_position_slot_ids(1, two, three, np.zeros(1, I32), two, two)
     with pytest.raises(ValueError, match="slots: expected a C-contiguous array"):
         cupy_lora.slots_filtering(1, np.zeros(8, I32)[::2], two, three, two)
-    runner = _jit.host_runner(lambda launch: None)
-    with runner, pytest.raises(TypeError, match="max_slots: expected an integer, got str"):
+    with pytest.raises(TypeError, match="max_slots: expected an integer, got str"):
         cupy_lora.slots_filtering("1", two, two, three, two)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="max_next_input_ids: expected an integer, got float"):
+        cupy_lora.copy_next_input_ids_inplace(1.0, np.zeros((2, 4), I32), two, two, two, two, three)  # type: ignore[arg-type]
 
 
 def test_a_decode_batch_is_one_thread_per_row():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -261,6 +263,50 @@ def test_in_place_and_fresh_outputs_of_a_norm_are_kept(driver: Driver, monkeypat
     assert len(made) == 4
     with pytest.raises(ValueError, match="out: expected memory apart from that of weight"):
         cupy_lora.rms_norm(x, w, 1e-6, on_gpu((8, 64), FLOAT16, ptr=w.ptr - 64))
+
+
+class Tensor:
+    """What the library reads of a torch tensor on a GPU."""
+
+    is_cuda = True
+    dtype = "torch.float16"
+
+    def __init__(self, array: Array) -> None:
+        self.shape, self._array = array.shape, array
+
+    def data_ptr(self) -> int:
+        return self._array.ptr
+
+    def stride(self) -> tuple[int, ...]:
+        return self._array.strides
+
+    def get_device(self) -> int:
+        return self._array.device
+
+
+class Parameter(Tensor):
+    pass
+
+
+def test_tensors_are_read_without_a_view_and_run_on_torchs_stream(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = SimpleNamespace(Tensor=Tensor, _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 900 + device))
+    monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
+    monkeypatch.setattr(_arrays, "_TORCH_DTYPES", {"torch.float16": FLOAT16})
+    monkeypatch.setattr(_arrays, "_KINDS", _arrays._KINDS.copy())
+    viewed: list[Any] = []
+    from_torch = _arrays._from_torch
+    monkeypatch.setattr(_arrays, "_from_torch", lambda *args: viewed.append(args) or from_torch(*args))
+    for count in (1, 2):
+        x, w, out = (Tensor(on_gpu(shape, FLOAT16)) for shape in ((8, 64), (64,), (8, 64)))
+        cupy_lora.rms_norm(x, Parameter(w._array), 1e-6, out)
+        assert words(driver.launches[-1][2], 4) == [x.data_ptr(), 0, w.data_ptr(), out.data_ptr()]
+        assert [launch[1] for launch in driver.launches] == [900] * count
+        assert len(viewed) == 3, "the second call reads attributes only"
+    # Strides are in elements there and in bytes in CuPy: the same numbers are not the same layout.
+    transposed = Array(on_gpu((64, 64), FLOAT16).ptr, (64, 64), (128, 2), FLOAT16, 0, None)
+    assert _arrays.read(("x",), (Tensor(transposed),))[0] != _arrays.read(("x",), (transposed,))[0]
 
 
 # ---- where the kernels run ----------------------------------------------------------------------

@@ -173,13 +173,13 @@ FAULTS = {
     ),
     "one ahead of the start": Fault(
         "norm.cu",
-        (("mine(out, out_strides, first)", "mine(out, out_strides, first) - 8"),),
+        (("out + offset_of(out_strides, first)", "out + offset_of(out_strides, first) - 8"),),
         lambda: rms_norm(3, 1024, edge="start"),
         "16 bytes ahead of the array",
     ),
     "one ahead of the start, at the end of a page": Fault(
         "norm.cu",
-        (("mine(out, out_strides, first)", "mine(out, out_strides, first) - 8"),),
+        (("out + offset_of(out_strides, first)", "out + offset_of(out_strides, first) - 8"),),
         lambda: rms_norm(3, 1024),
         "wrote 16 bytes ahead of the array",
     ),
@@ -198,7 +198,7 @@ FAULTS = {
     "stale counters": Fault("lora_batch.cuh", (("count[s] = 0;", ";"),), lambda: schedule(300), "."),
     "misaligned access": Fault(
         "norm.cu",
-        (("load_whole<ACCESS>(p)", "load_whole<ACCESS>(p + 1)"),),
+        (("load_16<ACCESS>(p)", "load_16<ACCESS>(p + 1)"),),
         lambda: rms_norm(3, 1024),
         "misaligned",
     ),
@@ -213,18 +213,24 @@ def test_planted_fault_is_caught(name: str) -> None:
         fault.run()
 
 
+def test_a_race_is_reported_where_no_order_of_the_threads_shows_it() -> None:
+    """All threads write one value to one place: every order gives the same."""
+    change = ("mine[threadIdx.x / 32] = v;", "mine[threadIdx.x / 32] = v, sums[48] = 1.f;")
+    with patched("norm.cu", change), pytest.raises(SimtError, match=r"a race: .* thread 0 wrote .* at norm\.cu:"):
+        rms_norm(1, 4096)
+
+
 def test_illegal_address_names_array_block_thread_and_line() -> None:
-    change = ("mine(out, out_strides, first);", "mine(out, out_strides, first) + 1024;")
+    change = ("out + offset_of(out_strides, first);", "out + offset_of(out_strides, first) + 1024;")
     with patched("norm.cu", change), pytest.raises(SimtError) as caught:
         rms_norm(3, 1024)
     text = str(caught.value)
     assert "norm.rms_norm (ascending thread order" in text
     assert "(0 bytes past the end of the array (float16 (3, 1024)))" in text
-    assert "block (2, 0, 0) thread 0 at norm.cu:" in text
-    stores = [
-        i for i, line in enumerate((runner.sources() / "norm.cu").read_text().splitlines(), 1) if "(p) = v.quad" in line
-    ]
-    assert any(f"norm.cu:{line} < norm.cu:" in text for line in stores)
+    assert "block (2, 0, 0) thread 0 at vectors.cuh:" in text
+    lines = (runner.sources() / "vectors.cuh").read_text().splitlines()
+    stores = [i for i, line in enumerate(lines, 1) if "(p) = v.quad" in line]
+    assert any(f"vectors.cuh:{line} < norm.cu:" in text for line in stores)
 
 
 def test_stuck_launch_reports_the_waiting_lines() -> None:

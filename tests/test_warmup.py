@@ -180,6 +180,22 @@ def test_a_kernel_in_the_cache_is_not_compiled(compiled: list[_cubins.Unit], mon
     assert len(list(_cubins.cache_folder().iterdir())) == 3
 
 
+def test_a_source_outside_the_folder_is_known_by_its_text(
+    tmp_path: Path, compiled: list[_cubins.Unit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tests' own kernels are: the digest of the sources does not see an edit of them."""
+    (tmp_path / "src").mkdir()
+    monkeypatch.setattr(_paths, "cuda_src", lambda: tmp_path / "src")
+    monkeypatch.setattr(_paths, "source_digest", lambda: "0" * 64)
+    kernel = _jit.Kernel("../mine", "k", (), 32)
+    for text in ("one", "two", "one"):
+        (tmp_path / "mine.cu").write_text(text)
+        _cubins.cubin(kernel, 90)
+        _cubins.forget(kernel, 90)
+    assert len(compiled) == 2
+    assert {path.name[:11] for path in _cubins.cache_folder().iterdir()} == {"mine-sm_90-"}
+
+
 def test_a_cache_that_cannot_be_written_is_said_once(
     compiled: list[_cubins.Unit], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -370,8 +386,12 @@ def test_a_process_without_a_compiler_runs_from_the_folder(
 
 @pytest.mark.gpu
 def test_the_first_call_after_a_warmup_compiles_nothing(gpu: engines.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy_lora.warmup(layers=[(128, 128)], ranks=(8, 16), tokens=(8,), max_adapters=2)
-    monkeypatch.setattr(_cubins, "compile_unit", lambda unit: pytest.fail(f"compiled {unit}"))
+    cupy_lora.warmup(layers=[(128, 128)], ranks=(8, 16), tokens=(8,), max_adapters=2, dtype="bfloat16")
+
+    def refuse(unit: _cubins.Unit) -> bytes:
+        raise RuntimeError(f"compiled {unit}")
+
+    monkeypatch.setattr(_cubins, "compile_unit", refuse)
     data = cases.build(cases.Case(8, 128, (128,), (8, 16), "random"))
     weights, batch = cases.load(data, gpu.device, gpu.array)
     y = gpu.array(data.y)

@@ -87,7 +87,7 @@ def cuda_includes() -> tuple[Path, ...]:
 def _compiler() -> tuple[str, ...]:
     """The command that builds a library, without sources and optimisation."""
     # No GNU_UNIQUE: two specialisations define inline variables of one name and different values.
-    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
     command += ["-fno-omit-frame-pointer", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
     command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-function"]
     with contextlib.suppress(OSError):
@@ -99,13 +99,18 @@ def _compiler() -> tuple[str, ...]:
 
 @functools.cache
 def _kernel_options() -> tuple[str, ...]:
-    """How kernels are compiled: misaligned accesses and indices outside local arrays trap."""
-    checks = ("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error", "-DCUPY_LORA_SIMT")
+    """How kernels are compiled: misaligned accesses and indices outside local arrays trap, others are reported."""
+    checks = (
+        "-fsanitize=alignment,bounds-strict,object-size",
+        "-fsanitize-undefined-trap-on-error",
+        "-DCUPY_LORA_SIMT",
+    )
+    races = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fno-threadsafe-statics")
     if os.environ.get("CUPY_LORA_SIMT_DEBUG"):
-        return ("-O0", "-g3", *checks)
+        return ("-O0", "-g3", *checks, *races)
     if os.environ.get("CUPY_LORA_SIMT_COVERAGE"):
         return ("-O0", "-g1", "--coverage", *checks)
-    return ("-O1", "-g1", *checks)
+    return ("-O1", "-g1", *checks, *races)
 
 
 def _closure(path: Path, folder: Path, seen: dict[Path, bytes]) -> None:
@@ -132,11 +137,17 @@ def _library(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Pa
     scratch = Path(tempfile.mkdtemp(prefix="build_", dir=cache_folder()))
     try:
         source, built = scratch / f"{library.stem}.cpp", scratch / library.name
+        compiled = source.with_suffix(".o")
         source.write_text(unit)
-        command = [*_compiler(), *options, f"-I{folder}", str(source), "-o", str(built), "-ldl"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise RuntimeError(f"{name} did not compile for the CPU:\n{' '.join(command)}\n{result.stderr[:6000]}")
+        # Linked without the sanitizer's library: engine.cpp has what it would have.
+        linked = [option for option in options if option in ("--coverage",)]
+        for command in (
+            [*_compiler(), *options, f"-I{folder}", "-c", str(source), "-o", str(compiled)],
+            [_compiler()[0], "-shared", *linked, str(compiled), "-o", str(built), "-ldl"],
+        ):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                raise RuntimeError(f"{name} did not compile for the CPU:\n{' '.join(command)}\n{result.stderr[:6000]}")
         built.replace(library)
     finally:
         if "--coverage" not in options:  # gcov's notes and counts lie beside the source
@@ -163,8 +174,7 @@ def _precompiled() -> Path:
         scratch = Path(tempfile.mkdtemp(prefix="build_", dir=cache_folder()))
         header = scratch / "ahead.h"
         header.write_text('#include "simt.h"\n')
-        options = [option for option in _compiler() if option != "-shared"]
-        command = [*options, *_kernel_options(), "-x", "c++-header", str(header), "-o", f"{header}.gch"]
+        command = [*_compiler(), *_kernel_options(), "-x", "c++-header", str(header), "-o", f"{header}.gch"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise RuntimeError(f"simt.h did not compile:\n{' '.join(command)}\n{result.stderr[:6000]}")

@@ -6,6 +6,8 @@
 // order only where the kernel has a race, and runner.py runs several orders and compares. What a GPU
 // may do late is done at the latest legal moment, or at once (Config.early): cp.async lands at the wait
 // that forces it, what an mbarrier counts when nobody can go on without it.
+// In one of the runs every access of shared memory is checked against those before it, whatever the order: two of
+// different threads, one of them a write, must have a barrier in between (Config.races).
 // Not modelled: asm text, memory order between warps, blocks that run at the same time, FTZ, approximate
 // functions, the tensor core's rounding (an mma sums in double and rounds once), speed.
 #include "simt.h"
@@ -36,7 +38,7 @@ constexpr size_t STACK = 256 << 10, MAX_THREADS = 16 * 1024, PAGE = 4096, ALIGN 
 struct Config {  // mirrored by runner.py
     void (*thread)(void* const* arguments);
     void* const* arguments;
-    unsigned grid[3], block, shared, cluster, descending, interleaved, early, poison, seconds, message_size;
+    unsigned grid[3], block, shared, cluster, descending, interleaved, early, races, poison, seconds, message_size;
     unsigned used_async;  // out: whether early and late differ
     char* message;        // out: what is wrong, or empty
     void* fault;          // out: the illegal address
@@ -51,6 +53,7 @@ struct Copy {
 };
 struct Block;
 struct Warp;
+using Times = std::vector<uint64_t>;
 struct Fiber {
     void* sp;      // where it left off
     void** frame;  // the same, for the report
@@ -63,6 +66,7 @@ struct Fiber {
     unsigned parity, cluster_phase, group;
     bool in_cluster_barrier;
     std::vector<Copy> copies;
+    Times seen;  // by thread of the block: what it did before that is done, as mbarriers say
     char* stack;
 #if !defined(__x86_64__)
     ucontext_t context;
@@ -78,17 +82,25 @@ struct Warp {
     void* data[WARP];
     unsigned ready, exited;
     Fiber* fibers;
+    uint64_t since;  // of its last __syncwarp
 };
 struct Mbarrier {
     void* at;
     int count, pending, tx;
     unsigned phase;
+    Times told, seen;  // by those who arrived in this phase, and in those before
 };
 struct Store {  // what is under way to an mbarrier: a store, a copy, the arrival after copies
     unsigned char *to, *barrier, bytes[16];
     const unsigned char* from;  // null: `bytes` is stored
     unsigned size, valid;       // zeros follow the valid bytes of a copy
     int arrivals, tx;
+};
+struct Access {  // of shared memory: when and by whom
+    uint64_t time : 46, thread : 16, atomic : 1;
+};
+struct Cell {  // of two bytes: the last write, and the last reads of two warps
+    Access write, reads[2];
 };
 struct Block {
     uint3 index;
@@ -99,6 +111,8 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<Mbarrier> mbarriers;
+    std::vector<Cell> cells;
+    uint64_t since;  // of its last barrier
 };
 
 static Config* config;
@@ -107,6 +121,7 @@ static std::vector<Store> stores;  // under way
 static Fiber* current;
 static unsigned threads, cluster_arrived, cluster_exited, cluster_phase;
 static bool restart;  // a barrier opened: begin again with the first thread
+static uint64_t now;  // counts barriers, from launch to launch
 static sigjmp_buf escape;
 static pthread_t owner;
 
@@ -240,7 +255,7 @@ __attribute__((noinline)) static void park(Wait wait, const char* what) {
 // ---- the block's barrier; threads that have exited count as arrived
 static void open_block(Block& b) {
     if (b.arrived == 0 || b.arrived + b.exited < config->block) return;
-    b.arrived = 0, restart = true;
+    b.arrived = 0, b.since = ++now, restart = true;
     for (Fiber& f : b.fibers)
         if (f.wait == IN_BLOCK) wake(f);
 }
@@ -253,6 +268,31 @@ void syncthreads(const char* file, int line) {
     current->wait = IN_BLOCK;
     open_block(b);
     park(current->wait, "__syncthreads");
+}
+
+// ---- what is known to be done, for the reports of races
+static void learn(Times& to, const Times& from) {
+    if (to.size() < from.size()) to.resize(from.size());
+    for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
+}
+// The running thread arrives: those who wait learn what it did, and what it knows.
+static void tell(Mbarrier& m) {
+    if (!config->races) return;
+    m.told.resize(config->block);
+    learn(m.told, current->seen);
+    const unsigned first = current->tid - current->lane;
+    for (unsigned i = first; i < config->block && i < first + WARP; ++i)
+        m.told[i] = std::max(m.told[i], current->warp->since);
+    m.told[current->tid] = ++now;
+}
+// Of all operations of a warp only __syncwarp orders memory.
+static void meet_memory(Warp& w, unsigned mask) {
+    Times all;
+    for (unsigned lane = 0; lane < WARP; ++lane)
+        if (mask >> lane & 1) learn(all, w.fibers[lane].seen);
+    for (unsigned lane = 0; lane < WARP; ++lane)
+        if (mask >> lane & 1) w.fibers[lane].seen = all;
+    w.since = ++now;
 }
 
 // ---- the lanes of a warp
@@ -270,7 +310,10 @@ void meet(unsigned mask, const char* what, int line, void* data, Complete comple
     m.arrived |= 1u << f.lane;
     if (m.arrived != mask) return park(IN_WARP, what);
     m.arrived = 0;
-    if (complete) complete(w.data, mask);
+    if (complete)
+        complete(w.data, mask);
+    else
+        meet_memory(w, mask);
     for (unsigned lane = 0; lane < WARP; ++lane)
         if (mask >> lane & 1) wake(w.fibers[lane]);
     park(READY, what);
@@ -365,15 +408,48 @@ static void own(const void* p, size_t size, const char* what) {
     if (&owner_of(p, size, what) != current->block) fail("%s: %p is in another block's shared memory", what, p);
 }
 
+// ---- races: kernels are compiled with -fsanitize=thread, which calls this at each access
+// Where two threads of a block access the same two bytes, one of them writing, a barrier must lie between.
+static void access(const void* p, size_t size, bool writes, bool atomic = false) {
+    if (!current) return;
+    Block& b = *current->block;
+    const auto from = static_cast<size_t>(static_cast<const unsigned char*>(p) - b.shared);
+    if (from >= config->shared || !config->races) return;
+    const unsigned tid = current->tid;
+    const auto check = [&](const Access& other, const char* what) {
+        const bool same_warp = other.thread / WARP == tid / WARP;
+        if (other.time < b.since || other.thread == tid || (same_warp && other.time < current->warp->since)) return;
+        if (other.thread < current->seen.size() && other.time < current->seen[other.thread]) return;
+        if (!atomic || !other.atomic)
+            fail("a race: this thread %s bytes %zu to %zu of shared memory, which thread %u %s without a %s in between",
+                 writes ? "writes" : "reads", from, from + size - 1, static_cast<unsigned>(other.thread), what,
+                 same_warp ? "__syncwarp" : "barrier");
+    };
+    for (size_t i = from / 2; i <= (from + size - 1) / 2 && i < b.cells.size(); ++i) {
+        Cell& c = b.cells[i];
+        const Access mine = {now, tid, atomic};
+        check(c.write, "wrote");
+        if (writes) {
+            for (const Access& read : c.reads) check(read, "read");
+            c.write = mine;
+        } else {
+            if (c.reads[0].thread / WARP != tid / WARP) c.reads[1] = c.reads[0];
+            c.reads[0] = mine;
+        }
+    }
+}
+void atomic_access(const void* p, size_t size) { access(p, size, true, true); }
+
 // ---- cp.async
 void copy_async(void* shared, const void* global, unsigned size, unsigned bytes) {
     own(shared, size, "cp.async");
     if (bytes && reinterpret_cast<uintptr_t>(global) % size) fail("cp.async: %p is no multiple of %u", global, size);
     config->used_async = 1;
-    unsigned char now[16] = {};
-    memcpy(now, global, bytes);  // an illegal address faults here, not where the copy lands
+    unsigned char bits[16] = {};
+    memcpy(bits, global, bytes);  // an illegal address faults here, not where the copy lands
+    access(shared, size, true);
     if (config->early)
-        memcpy(shared, now, size);
+        memcpy(shared, bits, size);
     else
         current->copies.push_back({shared, global, size, bytes, current->group});
 }
@@ -384,7 +460,7 @@ static void land(Fiber& f, unsigned groups) {
         if (c.group >= groups)
             f.copies[kept++] = c;
         else
-            memset(c.to, 0, c.size), memcpy(c.to, c.from, c.bytes);
+            access(c.to, c.size, true), memset(c.to, 0, c.size), memcpy(c.to, c.from, c.bytes);
     f.copies.resize(kept);
 }
 void copy_async_wait(unsigned allowed) {
@@ -408,13 +484,14 @@ static void mbarrier_update(void* p, int arrivals, int bytes, const char* what) 
     if (m.pending < 0) fail("%s: more arrivals than the mbarrier's %d", what, m.count);
     if (m.pending || m.tx) return;
     m.pending = m.count, ++m.phase;
+    learn(m.seen, m.told);
     for (Fiber& f : owner_of(p, 8, what).fibers)
         if (f.wait == IN_MBARRIER && f.mbarrier == p && f.parity != m.phase % 2) wake(f);
 }
 void mbarrier_init(void* p, unsigned count) {
     own(p, 8, "mbarrier_init");
     *static_cast<uint64_t*>(p) = mark(p);
-    const Mbarrier fresh = {p, static_cast<int>(count), static_cast<int>(count), 0, 0};
+    const Mbarrier fresh = {p, static_cast<int>(count), static_cast<int>(count), 0, 0, {}, {}};
     for (Mbarrier& m : current->block->mbarriers)
         if (m.at == p) {
             m = fresh;
@@ -424,13 +501,14 @@ void mbarrier_init(void* p, unsigned count) {
 }
 void mbarrier_expect(void* p, unsigned bytes) {
     own(p, 8, "mbarrier_expect");
+    tell(mbarrier_at(p, "mbarrier_expect"));
     mbarrier_update(p, 1, static_cast<int>(bytes), "mbarrier_expect");
 }
 void mbarrier_wait(const void* p, unsigned parity) {
     own(p, 8, "mbarrier_wait");
-    if (mbarrier_at(p, "mbarrier_wait").phase % 2 != parity) return;
     current->mbarrier = p, current->parity = parity;
-    park(IN_MBARRIER, "mbarrier_wait");
+    if (mbarrier_at(p, "mbarrier_wait").phase % 2 == parity) park(IN_MBARRIER, "mbarrier_wait");
+    learn(current->seen, mbarrier_at(p, "mbarrier_wait").seen);
 }
 
 // ---- clusters
@@ -493,10 +571,12 @@ void copy_bulk(void* shared, const void* global, unsigned size, void* barrier) {
     const auto* const from = static_cast<const unsigned char*>(global);
     own(to, 16, "copy_bulk"), own(to + size - 16, 16, "copy_bulk"), own(barrier, 8, "copy_bulk");
     for (unsigned i = 0; i < size; ++i) static_cast<void>(*const_cast<const volatile unsigned char*>(from + i));
+    access(to, size, true), tell(mbarrier_at(barrier, "copy_bulk"));
     send({to, static_cast<unsigned char*>(barrier), {}, from, size, size, 0, static_cast<int>(size)});
 }
 void copy_async_arrive(void* p) {
     own(p, 8, "copy_async_arrive");
+    tell(mbarrier_at(p, "copy_async_arrive"));
     auto* const barrier = static_cast<unsigned char*>(p);
     for (const Copy& c : current->copies) {
         const auto* const from = static_cast<const unsigned char*>(c.from);
@@ -556,7 +636,7 @@ static void fiber_main() {
 static unsigned turn(unsigned step, unsigned n) { return config->descending ? n - 1 - step : step; }
 
 static void start_block(Block& b, unsigned rank, uint3 index) {
-    b.index = index, b.arrived = b.exited = 0;
+    b.index = index, b.arrived = b.exited = 0, b.since = ++now;
     b.mbarriers.clear();
     b.warps.assign((config->block + WARP - 1) / WARP, Warp());
     if (config->block % WARP) b.warps.back().exited = ~0u << config->block % WARP;
@@ -564,7 +644,7 @@ static void start_block(Block& b, unsigned rank, uint3 index) {
         Fiber& f = b.fibers[tid];
         f.tid = tid, f.lane = tid % WARP, f.block = &b, f.warp = &b.warps[tid / WARP];
         f.group = 0, f.in_cluster_barrier = false;
-        f.copies.clear();
+        f.copies.clear(), f.seen.clear();
         if (f.lane == 0) f.warp->fibers = &f;
         wake(f);
         f.stack = stack_of(rank * config->block + tid);
@@ -617,6 +697,20 @@ static void run_grid() {
 
 }  // namespace simt
 
+#define SIMT_ACCESS(n)                                                                        \
+    extern "C" SIMT_API void __tsan_read##n(void* p) { simt::access(p, n, false); }           \
+    extern "C" SIMT_API void __tsan_write##n(void* p) { simt::access(p, n, true); }           \
+    extern "C" SIMT_API void __tsan_unaligned_read##n(void* p) { simt::access(p, n, false); } \
+    extern "C" SIMT_API void __tsan_unaligned_write##n(void* p) { simt::access(p, n, true); }
+SIMT_ACCESS(1)
+SIMT_ACCESS(2)
+SIMT_ACCESS(4)
+SIMT_ACCESS(8)
+SIMT_ACCESS(16)
+extern "C" SIMT_API void __tsan_read_range(void* p, size_t size) { simt::access(p, size, false); }
+extern "C" SIMT_API void __tsan_write_range(void* p, size_t size) { simt::access(p, size, true); }
+extern "C" SIMT_API void __tsan_init() {}
+
 extern "C" SIMT_API void simt_launch(simt::Config* given) {
     using namespace simt;
     config = given, owner = pthread_self(), threads = config->cluster * config->block;
@@ -631,6 +725,7 @@ extern "C" SIMT_API void simt_launch(simt::Config* given) {
         b.pages = memory + rank * slot, b.end = b.pages + pages, b.shared = b.end - rounded;
         mprotect(b.end, PAGE, PROT_NONE);
         b.fibers.resize(config->block);
+        if (config->races && b.cells.size() < config->shared / 2) b.cells.resize(config->shared / 2);
     }
     static char alternate[64 << 10];
     const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGVTALRM};

@@ -28,6 +28,7 @@ constexpr unsigned WARP = 32;
 
 SIMT_API void syncthreads(const char* file, int line);
 SIMT_API unsigned char* dynamic_shared();
+SIMT_API void atomic_access(const void* p, size_t size);
 
 // Waits until every lane of the mask has come to the same operation on the same line; the last one
 // computes what all of them get.
@@ -223,8 +224,9 @@ inline T max(T a, T b) {
     return a < b ? b : a;
 }
 template <class T>
-inline T atomicAdd(T* p, std::common_type_t<T> v) {
+__attribute__((no_sanitize("thread"))) inline T atomicAdd(T* p, std::common_type_t<T> v) {
     static_assert(std::is_integral_v<T>, "float atomics are not reproducible");
+    simt::atomic_access(p, sizeof(T));
     const T before = *p;
     *p = static_cast<T>(before + v);
     return before;
