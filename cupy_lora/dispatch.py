@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -230,42 +230,57 @@ def _choose(
     facts: DeviceFacts,
 ) -> LoraConfig:
     slices = len(widths)
-    if ring and rank in _RING_RANKS:
-        # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows. It pays
-        # where the tiles are nearly full and fill the machine.
-        wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
-        # 64 rows of rank 64 take every register: no room for widths that differ, or for what older parts need.
-        tallest = 32 if rank == 64 and (len(set(widths)) > 1 or facts.arch < 90) else 64
-        heights = [
-            height
-            for height in sorted(tiles)
-            if 16 <= height <= tallest
-            and tokens >= 10 * tiles[height]
-            and tiles[height] * slices >= 0.75 * facts.sm_count
-        ]
-        rows = next((height for height in heights if height >= wanted), heights[-1] if heights else 0)
-        if rows == 16 and tiles[16] * slices > 3 * facts.sm_count and 32 in heights:
-            rows = 32
-        if rows:
-            config = _ring(rank, rows, tiles[rows] * slices, in_features, facts)
-            if config.stages >= 3:
-                return config
-    return _direct(rank, tiles[8] * slices, facts, in_features)
+    coded = rank in _RING_RANKS
+    if ring and coded:
+        config = _choose_ring(rank, tokens, in_features, widths, tiles, facts)
+        if config is not None:
+            return config
+    clusters = tiles[8] * slices
+    if ring and not coded and rank < 32 and facts.arch >= 90 and clusters > 1.7 * facts.sm_count and 16 in tiles:
+        # Two blocks a multiprocessor and tiles of 16 rows, worked off eight by eight: 1.2 to 1.4 times faster.
+        few = tiles[16] * slices <= 1.2 * facts.sm_count
+        config = _ring(rank, 16, 4 if few else 2, in_features, facts)
+        if config.stages >= 3:
+            return replace(config, stages=min(config.stages, 5), min_blocks=2)
+    return _direct(rank, clusters, facts, in_features, full=tokens > 2 * tiles[8])
+
+
+def _choose_ring(
+    rank: int, tokens: int, in_features: int, widths: tuple[int, ...], tiles: Mapping[int, int], facts: DeviceFacts
+) -> LoraConfig | None:
+    """The ring, where tiles are more than half full and one or two blocks each fill the machine; else None."""
+    # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows.
+    wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
+    # 64 rows of rank 64 take every register: no room for widths that differ, or for what older parts need.
+    tallest = 32 if rank == 64 and (len(set(widths)) > 1 or facts.arch < 90) else 64
+    share = {
+        height: tiles[height] * len(widths) / facts.sm_count
+        for height in sorted(tiles)
+        if 16 <= height <= tallest and tokens > 0.6 * height * tiles[height]
+    }
+    alone = 0.65  # tiles a multiprocessor from which one block each is enough
+    least = alone if facts.arch < 90 else 0.28
+    heights = [height for height, of in share.items() if of >= least]
+    if not heights:
+        return None
+    rows = next((height for height in heights if height >= wanted), heights[-1])
+    while rows < wanted * 4 and share[rows] > 1.1 and share.get(2 * rows, 0) >= alone:
+        rows *= 2  # the last wave would leave most of the machine idle, or A and B cross L2 more often than they must
+    config = _ring(rank, rows, 1 if share[rows] >= alone else 2, in_features, facts)
+    return config if config.stages >= 3 else None
 
 
 _RING_RANKS: Final = (8, 16, 32, 64)
-_RING_BYTES: Final = 88 * 1024  # in flight per multiprocessor
-_EXCHANGE_BYTES: Final = 56 * 1024  # the most that a ring kernel needs beside its slots
 
 
-def _ring(rank: int, rows: int, clusters: int, in_features: int, facts: DeviceFacts) -> LoraConfig:
-    cluster = 1
-    while facts.arch >= 90 and cluster < 8 and clusters * cluster * 2 <= facts.sm_count + facts.sm_count // 4:
-        cluster *= 2
+def _ring(rank: int, rows: int, cluster: int, in_features: int, facts: DeviceFacts) -> LoraConfig:
     # Any of the coded ranks may be loaded, and the smaller do not all take smaller slots.
-    slot = max(ring_slot_bytes(rows, r, in_features)[0] for r in _RING_RANKS if r <= rank)
-    stages = max(0, min(8, 1 + -(-_RING_BYTES // slot), (_shared_limit(facts) - _EXCHANGE_BYTES) // slot))
-    return LoraConfig("ring", rows, cluster, 8, stages)
+    sizes = [ring_slot_bytes(rows, r, in_features) for r in _RING_RANKS if r <= max(rank, 8)]
+    slot, parts = (max(column) for column in zip(*sizes, strict=True))
+    chunk = max(16, rank)
+    remote = 2 * (8 * cluster + rows) * chunk * 4 if cluster > 1 else 0
+    room = _shared_limit(facts) - 384 - remote - max(parts, 44 * 1024 - slot)
+    return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)))
 
 
 def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
@@ -282,21 +297,41 @@ def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     return slot, passes * leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
-def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0) -> LoraConfig:
+def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0, *, full: bool = False) -> LoraConfig:
     # Measured on 132 multiprocessors: clusters that do not all fit cost a second wave, so the fewer there are, the
-    # more blocks share one; a light rank leaves room for several blocks a multiprocessor.
-    light = rank <= 16
+    # more blocks share one; a light rank leaves room for several blocks a multiprocessor. Long rows of A take more
+    # warps: what one loads at once is bound by its registers.
+    light, coded = rank <= 16, rank in _RING_RANKS
     limit = _shared_limit(facts)
     share = clusters / facts.sm_count
+    long = in_features > 6144
     if facts.arch < 90 or not (light or limit > 100 * 1024):
         return LoraConfig("direct", 8, 1, 8, 2 if light else 1)
+    if not coded:
+        if share <= 0.13:
+            return LoraConfig("direct", 8, 8, 8, 1)
+        if share <= 0.4:
+            return LoraConfig("direct", 8, 8, 4, 2)
+        return LoraConfig("direct", 8, 2, 16 if share <= 0.75 and limit > 200 * 1024 else 8, 2 if light else 1)
     if light:
-        cluster, warps = (8, 4) if share <= 0.4 else (2, 8) if share <= 1.0 else (2, 4) if share <= 1.5 else (1, 4)
-        two = warps == 8 and share > 0.5 and in_features <= _TWO_BLOCKS_IN and limit > 200 * 1024
-        return LoraConfig("direct", 8, cluster, warps, 2, 2 if two else 1)
-    if rank <= 32 and share > 0.5:
-        return LoraConfig("direct", 8, 2, 4, 2)
-    return LoraConfig("direct", 8, 8 if share <= (0.6 if rank > 64 else 0.125) else 2, 8, 1)
+        if share <= 0.4:
+            return LoraConfig("direct", 8, 8, 8 if long else 4, 1 if long else 2)
+        if limit <= 200 * 1024:
+            return LoraConfig("direct", 8, 2, 8 if share <= 1.0 else 4, 2)
+        if share <= 0.8:
+            return LoraConfig("direct", 8, 2, 8 if long else 16, 2 if long or full else 1)
+        if share <= 1.0:
+            return LoraConfig("direct", 8, 1, 8, 4)
+        if share <= 1.5:
+            return LoraConfig("direct", 8, 2, 4, 2)
+        return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN else 1)
+    if share <= 0.14:
+        return LoraConfig("direct", 8, 8, 8, 1)
+    if share <= 0.25:
+        return LoraConfig("direct", 8, 4, 8, 2) if long else LoraConfig("direct", 8, 8, 4, 1)
+    if rank == 32:
+        return LoraConfig("direct", 8, 2, 8 if share <= 0.5 else 4, 2)
+    return LoraConfig("direct", 8, 2, 8, 1)
 
 
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
