@@ -312,7 +312,10 @@ def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0, 
             return LoraConfig("direct", 8, 8, 8, 1)
         if share <= 0.4:
             return LoraConfig("direct", 8, 8, 4, 2)
-        return LoraConfig("direct", 8, 2, 16 if share <= 0.75 and limit > 200 * 1024 else 8, 2 if light else 1)
+        if share <= 0.75 and limit > 200 * 1024:
+            return LoraConfig("direct", 8, 2, 16, 2 if light else 1)
+        two = rank < 32 and in_features <= _TWO_BLOCKS_IN and limit > 200 * 1024
+        return LoraConfig("direct", 8, 2, 8, 2 if light else 1, 2 if two else 1)
     if light:
         if share <= 0.4:
             return LoraConfig("direct", 8, 8, 8 if long else 4, 1 if long else 2)
