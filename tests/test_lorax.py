@@ -250,6 +250,28 @@ def test_add_lora_through_its_python(where: str, rank: int):
     close(y, exact, float(exact.abs().max()), "add_lora_sgmv_cutlass")
 
 
+@pytest.mark.parametrize("rank", [8, 40])
+def test_bgmv_through_its_python(where: str, rank: int):
+    """40 is a rank that the original does not take."""
+    import torch
+
+    lorax = lorax_checkout.load("utils.punica")
+    torch.manual_seed(rank)
+    slots = torch.tensor([1, 0, 1, 2], device=where)
+    x = torch.randn(4, 320, dtype=torch.float16, device=where)
+    y = torch.randn(4, 200, dtype=torch.float16, device=where)
+    a = [torch.randn(2, rank, 320, dtype=torch.float16, device=where) * 0.1 for _ in range(3)]
+    b = [torch.randn(2, 200, rank, dtype=torch.float16, device=where) * 0.1 for _ in range(3)]
+    exact = y.double()
+    for i, slot in enumerate(slots.tolist()):
+        exact[i] += (x[i].double() @ a[slot][1].double().T) @ b[slot][1].double().T
+    v = torch.zeros(4, rank, dtype=torch.float16, device=where)
+    pointers = [torch.tensor([w.data_ptr() for w in ws], dtype=torch.int64, device=where) for ws in (a, b)]
+    lorax.add_lora_a_bgmv(v, x, pointers[0], slots, 1)
+    lorax.add_lora_b_bgmv(y, v, pointers[1], slots, 1)
+    close(y, exact, float(exact.abs().max()), "add_lora_a_bgmv, add_lora_b_bgmv")
+
+
 @pytest.mark.parametrize("name", [pytest.param("test_add_lora_sgmv", marks=pytest.mark.gpu), "test_pad_rank"])
 def test_its_own_tests(device: str, name: str):
     function = getattr(lorax_checkout.load_test("test_sgmv"), name)

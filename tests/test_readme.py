@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cupy_lora
+from cupy_lora import dispatch, metadata, punica_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
@@ -16,6 +17,25 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 def python_blocks(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.S | re.M)
+
+
+def test_the_table_of_lorax_names_what_is_there():
+    """Each function of the drop-in module and each rule by rank has its row; ours in the middle column exist."""
+    table = (ROOT / "README.md").read_text().partition("## Coming from LoRAX")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    theirs = " ".join(row[0] for row in rows[2:])
+    rules = [name for name in vars(dispatch) if name.isupper() and name[0] != "_" and name != "TYPE_CHECKING"]
+    rules += ["has_sgmv", "pad_rank", "pad_to_min_rank", "use_cutlass_shrink", "orient_for_rank"]
+    for name in (*(f"punica_kernels.{name}" for name in punica_kernels.__all__), *rules):
+        assert re.search(rf"`{re.escape(name)}\b", theirs), f"{name}: expected a row"
+    for name in re.findall(r"`([a-zA-Z_]+)[`(.]", " ".join(row[1] for row in rows[2:])):
+        assert name == "cupy_lora" or name == "kv_ptrs" or hasattr(cupy_lora, name), name
+    for name in ("bgmv", "sgmv"):
+        assert all(f"`{name}_{half}`" in theirs for half in ("shrink", "expand", "expand_slice"))
+    for name in metadata.__all__:
+        assert re.search(rf"`{name}\b", table), f"{name}: expected a row"
 
 
 def test_there_is_an_example_per_library():
