@@ -175,7 +175,10 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     const i32* record = tiles + static_cast<i64>(at) * kStride;
     int2 head = ptx::load_int2(record);
     constexpr int kListed = TILE_ROWS > 8 ? kTileRows : 8;
-    int listed = ptx::load_int(record + 8 + threadIdx.x % kListed), safe = TILE_ROWS > 8 ? ptx::load_int(record + 8) : 0;
+    int listed = ptx::load_int(record + 8 + threadIdx.x % kListed);
+#if TILE_ROWS > 8
+    int safe = ptx::load_int(record + 8);
+#endif
     const int count = ptx::load_int(tile_count);
     const auto weights_of = [&](int slot) {
         const bool there = slot >= 0 && slot < slots;

@@ -242,7 +242,13 @@ def _choose(
         config = _ring(rank, 16, 4 if few else 2, in_features, facts)
         if config.stages >= 3:
             return replace(config, stages=min(config.stages, 5), min_blocks=2)
-    return _direct(rank, clusters, facts, in_features, full=tokens > 2 * tiles[8])
+    full = tokens > 2 * tiles[8]
+    if ring and rank == 64 and not full and facts.arch >= 90 and clusters > 0.25 * facts.sm_count and 16 in tiles:
+        # A and B stream through the ring without a gap; the direct form asks for as much as its registers hold.
+        config = _ring(rank, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
+        if config.stages >= 5:
+            return config
+    return _direct(rank, clusters, facts, in_features, full=full)
 
 
 def _choose_ring(
@@ -264,7 +270,7 @@ def _choose_ring(
     if not heights:
         return None
     rows = next((height for height in heights if height >= wanted), heights[-1])
-    while rows < wanted * 4 and share[rows] > 1.1 and share.get(2 * rows, 0) >= alone:
+    while rows < wanted * 2 and share[rows] > 1.1 and share.get(2 * rows, 0) >= alone:
         rows *= 2  # the last wave would leave most of the machine idle, or A and B cross L2 more often than they must
     config = _ring(rank, rows, 1 if share[rows] >= alone else 2, in_features, facts)
     return config if config.stages >= 3 else None
