@@ -1,13 +1,11 @@
 // Runs a CUDA kernel on the CPU: one fiber per CUDA thread, one block (or one cluster) at a time.
 //
-// A fiber runs until it must wait for others; then the scheduler takes the next one, in ascending or
-// descending thread order (Config.descending), a warp as far as it gets or all warps by turns from one
-// shuffle to the next (Config.interleaved). Nothing here is concurrent, so a result depends on the
-// order only where the kernel has a race, and runner.py runs several orders and compares. What a GPU
-// may do late is done at the latest legal moment, or at once (Config.early): cp.async lands at the wait
-// that forces it, what an mbarrier counts when nobody can go on without it.
-// In one of the runs every access of shared memory is checked against those before it, whatever the order: two of
-// different threads, one of them a write, must have a barrier in between (Config.races).
+// A fiber runs until it must wait for others; then the scheduler takes the next one, in ascending or descending thread
+// order (Config.descending). Nothing here is concurrent, so a result depends on the order only where the kernel has a
+// race, and runner.py runs both orders and compares. Besides, in one run each access of shared memory is checked
+// against those before it, whatever the order: two of different threads, one of them a write, must have a barrier in
+// between (Config.races). What a GPU may do late is done at the latest legal moment, or at once (Config.early):
+// cp.async lands at the wait that forces it, what an mbarrier counts when nobody can go on without it.
 // Not modelled: asm text, memory order between warps, blocks that run at the same time, FTZ, approximate
 // functions, the tensor core's rounding (an mma sums in double and rounds once), speed.
 #include "simt.h"
@@ -38,7 +36,7 @@ constexpr size_t STACK = 256 << 10, MAX_THREADS = 16 * 1024, PAGE = 4096, ALIGN 
 struct Config {  // mirrored by runner.py
     void (*thread)(void* const* arguments);
     void* const* arguments;
-    unsigned grid[3], block, shared, cluster, descending, interleaved, early, races, poison, seconds, message_size;
+    unsigned grid[3], block, shared, cluster, descending, early, races, poison, seconds, message_size;
     unsigned used_async;  // out: whether early and late differ
     char* message;        // out: what is wrong, or empty
     void* fault;          // out: the illegal address
@@ -120,8 +118,10 @@ static std::vector<Block> blocks;  // of the cluster that runs
 static std::vector<Store> stores;  // under way
 static Fiber* current;
 static unsigned threads, cluster_arrived, cluster_exited, cluster_phase;
-static bool restart;  // a barrier opened: begin again with the first thread
-static uint64_t now;  // counts barriers, from launch to launch
+static bool restart;           // a barrier opened: begin again with the first thread
+static uint64_t now;           // counts barriers, from launch to launch
+static unsigned watched;       // bytes of shared memory whose accesses are checked: all or none
+static unsigned char* shared;  // of the running thread's block
 static sigjmp_buf escape;
 static pthread_t owner;
 
@@ -277,7 +277,7 @@ static void learn(Times& to, const Times& from) {
 }
 // The running thread arrives: those who wait learn what it did, and what it knows.
 static void tell(Mbarrier& m) {
-    if (!config->races) return;
+    if (!watched) return;
     m.told.resize(config->block);
     learn(m.told, current->seen);
     const unsigned first = current->tid - current->lane;
@@ -411,10 +411,9 @@ static void own(const void* p, size_t size, const char* what) {
 // ---- races: kernels are compiled with -fsanitize=thread, which calls this at each access
 // Where two threads of a block access the same two bytes, one of them writing, a barrier must lie between.
 static void access(const void* p, size_t size, bool writes, bool atomic = false) {
-    if (!current) return;
+    const auto from = static_cast<size_t>(static_cast<const unsigned char*>(p) - shared);
+    if (from >= watched) return;
     Block& b = *current->block;
-    const auto from = static_cast<size_t>(static_cast<const unsigned char*>(p) - b.shared);
-    if (from >= config->shared || !config->races) return;
     const unsigned tid = current->tid;
     const auto check = [&](const Access& other, const char* what) {
         const bool same_warp = other.thread / WARP == tid / WARP;
@@ -669,15 +668,12 @@ static void run_cluster(unsigned x, unsigned y, unsigned z) {
         bool any = restart = false;
         for (unsigned i = 0; i < warps && !restart; ++i) {
             Warp& w = blocks[turn(i, warps) / in_block].warps[turn(i, warps) % in_block];
-            // Interleaved: each lane that is ready now runs once, and the next warp goes on.
-            unsigned now = w.ready;
-            while (now && !restart) {
+            while (w.ready && !restart) {
                 any = true;
-                const int lane = config->descending ? 31 - __builtin_clz(now) : __builtin_ctz(now);
-                current = w.fibers + lane;
+                const int lane = config->descending ? 31 - __builtin_clz(w.ready) : __builtin_ctz(w.ready);
+                current = w.fibers + lane, shared = current->block->shared;
                 threadIdx.x = current->tid, blockIdx = current->block->index;
                 enter(*current);
-                now = config->interleaved ? now & ~(1u << lane) & w.ready : w.ready;
             }
         }
         current = nullptr;
@@ -714,6 +710,7 @@ extern "C" SIMT_API void __tsan_init() {}
 extern "C" SIMT_API void simt_launch(simt::Config* given) {
     using namespace simt;
     config = given, owner = pthread_self(), threads = config->cluster * config->block;
+    watched = config->races ? config->shared : 0;
     gridDim = dim3(config->grid[0], config->grid[1], config->grid[2]), blockDim = dim3(config->block);
     const size_t rounded = (config->shared + ALIGN - 1) / ALIGN * ALIGN;
     const size_t pages = (rounded + PAGE - 1) / PAGE * PAGE + PAGE, slot = pages + PAGE;

@@ -1,8 +1,9 @@
 """Does simt notice a wrong kernel? ``python tests/simt/mutants.py [--files norm.cu ...] [--sample N]``.
 
-Changes one thing at a time in a copy of the sources: removes a ``__syncthreads()``, turns a ``<`` into
-``<=``, halves the distance of a shuffle. For each change it runs the simt tests that come by the place,
-until one is red. Prints a table; fails where fewer than nine in ten changes turn a test red.
+Changes one thing at a time in a copy of the sources: removes a barrier (``__syncthreads()``,
+``__syncwarp()``, a meeting of warps), turns a ``<`` into ``<=``, halves the distance of a shuffle. For
+each change it runs the simt tests that come by the place, until one is red. Prints a table; fails where
+fewer than nine in ten changes of a family of kernels turn a test red.
 
 All changes are compiled into one set of kernels, and a number in memory says which of them is made
 (``mutants.h``): each kernel is built once. A test that does not come by a place cannot notice its change
@@ -122,8 +123,8 @@ def mutants_of(path: Path, number: int) -> list[Mutant]:
     def at() -> int:
         return number + len(found)
 
-    for match in re.finditer(r"__syncthreads\(\);", code):
-        add(match.start(), match.end(), KINDS[0], f"(simt::mutated({at()}) ? void() : __syncthreads());")
+    for match in re.finditer(r"((?:__syncthreads|__syncwarp|\b\w+\.meet)\(\));", code):
+        add(match.start(), match.end(), KINDS[0], f"(simt::mutated({at()}) ? void() : {match[1]});")
     for match in re.finditer(r"(?<= )<(?= )", code):
         if not _picks_one(code, match.start()):
             add(match.start(), match.end(), KINDS[1], f"< simt::Bound{{{at()}}} <")

@@ -1,8 +1,8 @@
 """Run a launch plan over host memory (``engine.cpp`` says how).
 
 Use it as ``with _jit.host_runner(runner.run): op(alloc(x), ...)``. Every launch runs in ascending and
-in descending thread order, and with the warps taking turns; where the kernel copies or stores
-asynchronously, with those done as late and as early as they may be. All runs must agree bit for bit.
+in descending thread order; where the kernel copies or stores asynchronously, with those done as late
+and as early as they may be. All runs must agree bit for bit, and no access of shared memory may race.
 What a kernel writes must be an array of :func:`alloc`, or an argument of the launch: only those are put
 back between the runs.
 """
@@ -45,7 +45,6 @@ class _Config(ctypes.Structure):
         ("shared", ctypes.c_uint),
         ("cluster", ctypes.c_uint),
         ("descending", ctypes.c_uint),
-        ("interleaved", ctypes.c_uint),
         ("early", ctypes.c_uint),
         ("races", ctypes.c_uint),
         ("poison", ctypes.c_uint),
@@ -179,17 +178,15 @@ class _Mode:
     """How one run differs from the others: see engine.cpp."""
 
     descending: bool = False
-    interleaved: bool = False
     early: bool = False
 
     def named(self, launch: _jit.Launch) -> str:
         order, copies = "descending" if self.descending else "ascending", "early" if self.early else "late"
-        warps = ", warps interleaved" if self.interleaved else ""
-        return f"{launch.kernel.source}.{launch.kernel.symbol} ({order} thread order{warps}, {copies} copies)"
+        return f"{launch.kernel.source}.{launch.kernel.symbol} ({order} thread order, {copies} copies)"
 
 
 _FIRST = _Mode()
-_OTHERS = (_Mode(descending=True), _Mode(interleaved=True))
+_OTHERS = (_Mode(descending=True),)
 _ASYNC = (_Mode(early=True), _Mode(descending=True, early=True))
 
 
@@ -221,7 +218,6 @@ def _run_once(launch: _jit.Launch, library: _Library, mem: _Memory, moved: dict[
         shared=kernel.shared,
         cluster=kernel.cluster,
         descending=mode.descending,
-        interleaved=mode.interleaved,
         early=mode.early,
         races=mode == _FIRST,
         poison=poison,
