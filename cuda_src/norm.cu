@@ -10,16 +10,15 @@
 // again (REREAD_VECS; from L2 as a rule).
 //
 // Threads: THREADS a row. THREADS > 32: a block is one row at a time; THREADS <= 32: a block is
-// BLOCK / THREADS rows. Blocks walk over the rows with the grid's stride (WALK), and have the next row on its
-// way to registers before they reduce the one at hand (PREFETCH), or the next AHEAD rows on their way to a ring in
-// shared memory, where a thread copies what it will read itself: no barrier, no registers.
+// BLOCK / THREADS rows. A block is done after its rows, or (WALK) goes on over the rows with the grid's stride, the
+// next row on its way to registers before the one at hand is reduced (PREFETCH).
 //
 // A row is cut into vectors of 16 bytes. Vector v belongs to thread v % THREADS, whatever the width
 // of the accesses (ACCESS bytes, less than 16 where rows do not start at multiples of 16): the order
 // of the sums, and with it every bit of the result, depends on COLUMNS and the dtype only.
 //
 // Shared memory: 2 x 32 floats (the warps' sums, two sets in turn, so that one barrier a row is
-// enough), then SHARED_VECS * THREADS vectors, or the ring, [AHEAD][input, residual][VECS][BLOCK] vectors.
+// enough), then SHARED_VECS * THREADS vectors.
 //
 // Preconditions: pointers and row offsets are multiples of ACCESS (weight: WEIGHT_ACCESS) bytes; out
 // is input itself or apart from it; rows of out do not overlap.
@@ -35,17 +34,15 @@ constexpr int TAIL = COLUMNS % PER_VEC;                    // elements of that o
 constexpr int REG_VECS = VECS;
 constexpr int IN_SHARED = VECS + SHARED_VECS;  // end of the vectors that are held on the chip
 constexpr int ALL_VECS = IN_SHARED + REREAD_VECS;
-constexpr int ROWS = THREADS > 32 ? 1 : BLOCK / THREADS;      // of a block at a time
-constexpr int WARPS = ceil_div(THREADS, 32);                  // of a row
-constexpr bool EVEN = FULL_VECS == ALL_VECS * THREADS;        // every thread has ALL_VECS whole vectors
-constexpr bool KEEP_WEIGHT = KEEP;                            // weights stay in registers from row to row
-constexpr int RING_ROW = (FUSED ? 2 : 1) * REG_VECS * BLOCK;  // vectors of one place in the ring
+constexpr int ROWS = THREADS > 32 ? 1 : BLOCK / THREADS;  // of a block at a time
+constexpr int WARPS = ceil_div(THREADS, 32);              // of a row
+constexpr bool EVEN = FULL_VECS == ALL_VECS * THREADS;    // every thread has ALL_VECS whole vectors
+constexpr bool KEEP_WEIGHT = KEEP;                        // weights stay in registers from row to row
 
 static_assert(THREADS * ALL_VECS * PER_VEC >= COLUMNS, "the threads cover the row");
 static_assert(THREADS > 32 ? BLOCK == THREADS : BLOCK % 32 == 0, "whole warps");
-static_assert(!(PREFETCH || AHEAD) || (SHARED_VECS == 0 && REREAD_VECS == 0), "only rows in registers are prefetched");
-static_assert(AHEAD == 0 || (EVEN && ACCESS == 16), "the ring holds whole vectors");
-static_assert(WALK || !(PREFETCH || AHEAD), "there is a next row");
+static_assert(!PREFETCH || (SHARED_VECS == 0 && REREAD_VECS == 0), "only rows in registers are prefetched");
+static_assert(WALK || !PREFETCH, "there is a next row");
 
 struct Strides {  // in elements
     i64 outer;
@@ -294,53 +291,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
         for (int k = 0; k < REG_VECS; ++k) raw[k] = fetch(in, res, k);
     };
 
-    // The ring: rows on their way in shared memory, one group of copies a row.
-    uint4* const ring = kept + threadIdx.x;
-    auto send_row = [&](i64 block_row, int place) {
-        const T* const in = input + offset_of(input_strides, block_row);
-        const T* const res = residual_of(block_row);
-        if (block_row < rows && valid_row(block_row)) {
-#pragma unroll
-            for (int k = 0; k < REG_VECS; ++k) {
-                ptx::copy_async_16(ring + place * RING_ROW + k * BLOCK, in + k * STEP);
-                if constexpr (FUSED)
-                    ptx::copy_async_16(ring + place * RING_ROW + (REG_VECS + k) * BLOCK, res + k * STEP);
-            }
-        }
-        ptx::copy_async_commit();
-    };
-    auto take_row = [&](int place) {
-#pragma unroll
-        for (int k = 0; k < REG_VECS; ++k) {
-            raw[k].input.quad = ring[place * RING_ROW + k * BLOCK];
-            if constexpr (FUSED) raw[k].residual.quad = ring[place * RING_ROW + (REG_VECS + k) * BLOCK];
-        }
-    };
-
-    if constexpr (AHEAD == 0) {
-        load_row(first);
-    } else {
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) send_row(first + i * step, i);
-    }
+    load_row(first);
     if constexpr (KEEP_WEIGHT) {
 #pragma unroll
         for (int k = 0; k < REG_VECS; ++k) weights[k] = load_weights(weight, k);
     }
 
-    int place = 0;
     for (int set = 0;; set ^= 1) {
         const bool more = WALK && first + step < rows;
         const bool valid = valid_row(first);
         const T* const in = input + offset_of(input_strides, first);
         T* const res = residual_of(first);
 
-        if constexpr (AHEAD > 0) {
-            ptx::copy_async_wait<AHEAD - 1>();
-            take_row(place);
-            send_row(first + AHEAD * step, place);
-            place = place + 1 == AHEAD ? 0 : place + 1;
-        }
         Vector x[REG_VECS];
 #pragma unroll
         for (int k = 0; k < REG_VECS; ++k) {
@@ -388,6 +350,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
 
         if (!more) return;
         first += step;
-        if constexpr (!PREFETCH && AHEAD == 0) load_row(first);
+        if constexpr (!PREFETCH) load_row(first);
     }
 }

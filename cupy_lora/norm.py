@@ -27,6 +27,7 @@ from ._lora_checks import real
 from ._plans import Plans
 
 _ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "float"}
+_IN_L2 = 48 << 20  # bytes of input and residual that may be in the L2 cache
 _STRIDES = np.dtype([("outer", np.int64), ("inner", np.int64)])
 
 
@@ -54,31 +55,6 @@ class RmsNormConfig:
     def rows(self) -> int:
         """Rows a block works on at a time."""
         return self.block // self.threads
-
-
-@dataclass(frozen=True)
-class RmsNormWalk:
-    """How blocks go over the rows; it depends on their number, and no bit of the result on it.
-
-    Attributes
-    ----------
-    resident : int
-        Blocks of a multiprocessor that run at once.
-    walk : bool
-        Whether a block takes more rows than it can work on at a time.
-    prefetch : bool
-        The next row is on its way to registers while one is reduced.
-    ahead : int
-        Rows that are on their way in shared memory instead.
-    keep : bool
-        The weights stay in registers.
-    """
-
-    resident: int
-    walk: bool
-    prefetch: bool
-    ahead: int
-    keep: bool
 
 
 def rms_norm(input: Any, weight: Any, epsilon: float = 1e-6, out: Any = None) -> Any:
@@ -305,18 +281,21 @@ def choose_rms_norm(columns: int, itemsize: int, arch: int, *, fused: bool = Fal
     return RmsNormConfig(threads, threads, in_registers, in_shared, per_thread - in_registers - in_shared)
 
 
-def choose_walk(config: RmsNormConfig, blocks: int, sm_count: int, *, fused: bool, whole: bool) -> RmsNormWalk:
-    """How ``blocks`` blocks' worth of rows are walked over; pure.
+def threads_per_sm(*, fused: bool) -> int:
+    """Threads of a multiprocessor that the registers of the common sizes allow at least; pure."""
+    return 768 if fused else 1024
 
-    ``whole``: rows are whole 16-byte vectors, as many for each thread.
+
+def choose_walk(config: RmsNormConfig, rows: int, row_bytes: int, sm_count: int, *, fused: bool) -> bool:
+    """Whether blocks go on to further rows instead of ending with theirs; pure, and no bit depends on it.
+
+    Rows from memory are faster a block each: the hardware starts a block wherever one has ended. With the residual
+    and from the L2 cache they come so fast that the start of the blocks is what takes time.
     """
-    del whole
-    threads = 768 if fused else 1024  # what the registers of the common sizes allow
-    resident = max(1, threads // config.block)
     if config.register_vecs > 2:
-        return RmsNormWalk(resident, True, False, 0, False)
-    del blocks, sm_count
-    return RmsNormWalk(resident, True, resident * config.block <= threads, 0, True)
+        return True
+    blocks = -(-rows // config.rows)
+    return fused and blocks > sm_count * (threads_per_sm(fused=True) // config.block) and 2 * rows * row_bytes <= _IN_L2
 
 
 @functools.cache
@@ -329,7 +308,7 @@ def rms_norm_kernel(
     weight_access: int,
     levels: int,
     arch: int,
-    walk: RmsNormWalk,
+    walk: bool,
 ) -> _jit.Kernel:
     """The specialisation for one width and dtype.
 
@@ -337,6 +316,9 @@ def rms_norm_kernel(
     alignment of the rows allows, ``levels`` (1 or 2) the number of strides that lead from row to row.
     """
     config = choose_rms_norm(columns, dtype.itemsize, arch, fused=fused)
+    few = config.register_vecs <= 2
+    resident = max(1, threads_per_sm(fused=fused) // config.block) if few else 1
+    whole = resident * config.block <= threads_per_sm(fused=fused)
     defines: tuple[tuple[str, int | str], ...] = (
         ("ELEMENT", _ELEMENTS[dtype.name]),
         ("WEIGHT", _ELEMENTS[weight_dtype.name]),
@@ -349,15 +331,13 @@ def rms_norm_kernel(
         ("REREAD_VECS", config.reread_vecs),
         ("ACCESS", access),
         ("WEIGHT_ACCESS", weight_access),
-        ("KEEP", int(walk.keep)),
-        ("PREFETCH", int(walk.prefetch)),
-        ("AHEAD", walk.ahead),
-        ("WALK", int(walk.walk)),
+        ("KEEP", int(few)),
+        ("PREFETCH", int(walk and few and whole)),
+        ("WALK", int(walk)),
         ("LEVELS", levels),
-        ("MIN_BLOCKS", walk.resident if config.register_vecs <= 2 else 1),
+        ("MIN_BLOCKS", resident),
     )
-    ring = walk.ahead * config.register_vecs * config.block * (2 if fused else 1)
-    shared = 256 + 16 * (config.threads * config.shared_vecs + ring)
+    shared = 256 + 16 * config.threads * config.shared_vecs
     return _jit.Kernel("norm", "rms_norm", defines, config.block, shared)
 
 
@@ -380,12 +360,11 @@ def plan_rms_norm(
     fused = residual is not None
     levels = len(extents)
     config = choose_rms_norm(columns, item, facts.arch, fused=fused)
-    blocks = -(-rows // config.rows)
-    whole = access == 16 and columns * item == 16 * config.register_vecs * config.threads
-    walk = choose_walk(config, blocks, facts.sm_count, fused=fused, whole=whole)
+    walk = choose_walk(config, rows, columns * item, facts.sm_count, fused=fused)
     kernel = rms_norm_kernel(x.dtype, weight.dtype, columns, fused, access, weight_access, levels, facts.arch, walk)
-    # Every block walks over as many rows as the others, give or take one.
-    each = -(-blocks // (facts.sm_count * walk.resident)) if walk.walk else 1
+    blocks = -(-rows // config.rows)
+    at_once = facts.sm_count * max(1, threads_per_sm(fused=fused) // config.block)
+    each = -(-blocks // at_once) if walk else 1  # rows of a block: as many in each, give or take one
     return _jit.Launch(
         kernel,
         (-(-blocks // each), 1, 1),

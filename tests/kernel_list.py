@@ -139,21 +139,36 @@ def stacked_kernels(plan: Any, case: cases.Stacked, facts: _jit.DeviceFacts) -> 
 @family("norm")
 def norm_kernels(norm: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
     def case(
-        columns: int, dtype: np.dtype[Any], weight: np.dtype[Any], *, fused: bool = False, offset: int = 0, pad: int = 0
+        columns: int,
+        dtype: np.dtype[Any],
+        weight: np.dtype[Any],
+        *,
+        fused: bool = False,
+        walk: bool = False,
+        offset: int = 0,
+        pad: int = 0,
     ) -> Named:
-        x, residual, out = (array((3, columns), dtype, (columns + pad, 1), offset) for _ in range(3))
-        launch = norm.plan_rms_norm(x, residual if fused else None, array((columns,), weight), out, 1e-6, facts)
-        unaligned = "-unaligned" if offset or pad else ""
-        name = f"{columns}-{_SHORT[dtype.name]}-{_SHORT[weight.name]}{'-fused' if fused else ''}{unaligned}"
-        return name, launch.kernel
+        # On a GPU of one multiprocessor blocks walk over so many rows.
+        rows, on = (1000 if columns < 10_000 else 700, _jit.DeviceFacts(facts.arch, 1)) if walk else (3, facts)
+        x, residual, out = (array((rows, columns), dtype, (columns + pad, 1), offset) for _ in range(3))
+        launch = norm.plan_rms_norm(x, residual if fused else None, array((columns,), weight), out, 1e-6, on)
+        assert dict(launch.kernel.defines)["WALK"] or not walk
+        marks = "".join(
+            f"-{mark}" for mark, on in (("fused", fused), ("walk", walk), ("unaligned", offset or pad)) if on
+        )
+        return f"{columns}-{_SHORT[dtype.name]}-{_SHORT[weight.name]}{marks}", launch.kernel
 
     for columns in (1, 7, 65, 128, 1000, 1024, 4096, 5120, 8192, 16384, 28672, 65536, 65537):
         yield case(columns, BFLOAT16, BFLOAT16)
         yield case(columns, BFLOAT16, BFLOAT16, fused=True)
+        if columns <= 16384:
+            yield case(columns, BFLOAT16, BFLOAT16, fused=True, walk=True)
     for columns in (129, 4096, 65536):
         for dtype, weight in ((FLOAT16, FLOAT16), (FLOAT32, FLOAT32), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)):
             yield case(columns, dtype, weight)
             yield case(columns, dtype, weight, fused=True)
+            if columns <= 4096:
+                yield case(columns, dtype, weight, fused=True, walk=True)
     for columns in (4096, 20000, 65536):
         yield case(columns, BFLOAT16, BFLOAT16, offset=2, fused=True)
         yield case(columns, FLOAT32, FLOAT32, pad=1)

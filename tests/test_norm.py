@@ -171,9 +171,15 @@ def test_many_rows_per_block(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     """More rows than the grid has blocks: every block walks over several, with a short last step."""
     few_multiprocessors(monkeypatch)
     rng = np.random.default_rng(5)
-    for rows, columns in ((1003, 16), (203, 1032)):
+    for rows, columns, fused in ((1003, 16, True), (203, 1032, True), (11, 16400, False)):
         x, w = numbers(rng, (rows, columns), BF16), numbers(rng, (columns,), BF16)
-        out = engine.numpy(cupy_lora.rms_norm(engine.array(x), engine.array(w)))
+        if fused:
+            residual = np.zeros_like(x)
+            out = engine.numpy(
+                cupy_lora.fused_add_rms_norm(engine.array(x), engine.array(residual), engine.array(w))[0]
+            )
+        else:
+            out = engine.numpy(cupy_lora.rms_norm(engine.array(x), engine.array(w)))
         assert_norm(out[::97], x[::97], w)
         assert_norm(out[-2:], x[-2:], w)
         assert not np.isnan(out.astype(np.float32)).any()
@@ -267,18 +273,25 @@ def test_choice_covers_every_width(itemsize: int):
     assert norm.choose_rms_norm(65536, 4, 90).reread_vecs == 0
 
 
-def test_the_grid_gives_every_block_the_same_number_of_rows():
-    w, counts = _arrays.view("weight", np.ones(4096, BF16)), {}
-    for rows in (1, 131, 132 * 4, 132 * 4 + 1, 8192):
-        x = _arrays.view("input", np.ones((rows, 4096), BF16))
-        launch = norm.plan_rms_norm(x, None, w, x, 1e-6, _jit.DeviceFacts(arch=90, sm_count=132))
-        assert launch is not None
-        counts[rows] = launch.grid[0]
+def plan(rows: int, *, fused: bool) -> _jit.Launch:
+    x, residual = (_arrays.view("input", np.broadcast_to(np.ones((1, 4096), BF16), (rows, 4096))) for _ in range(2))
+    w = _arrays.view("weight", np.ones(4096, BF16))
+    launch = norm.plan_rms_norm(x, residual if fused else None, w, x, 1e-6, _jit.DeviceFacts(arch=90, sm_count=132))
+    assert launch is not None
+    return launch
+
+
+def test_a_block_has_one_row_or_as_many_as_the_others():
+    for rows in (1, 131, 2048, 8192):
+        assert plan(rows, fused=False).grid == (rows, 1, 1)
+    for rows in (1, 132 * 3, 8192):  # one wave of blocks; too much for the L2 cache
+        assert plan(rows, fused=True).grid == (rows, 1, 1)
+    for rows in (132 * 3 + 1, 1500, 2048):
+        launch = plan(rows, fused=True)
+        assert dict(launch.kernel.defines)["PREFETCH"] == 1
         each = -(-rows // launch.grid[0])
-        assert launch.grid[0] <= max(132 * 4, 1)
+        assert launch.grid[0] <= 132 * 3
         assert rows > (launch.grid[0] - 1) * each
-    assert counts[1] == 1
-    assert counts[132 * 4] == 132 * 4
 
 
 @pytest.mark.gpu
