@@ -174,16 +174,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int row = static_cast<int>(threadIdx.x); row < ROWS; row += THREADS) spans[row] = {oldest(row), newest(row)};
     const i32 begin = oldest(0) / TILE;
     const i32 end = max((newest(rows - 1) + TILE - 1) / TILE, begin);
+    const Keys keys = keys_of(cache, length > 0 ? cache.kv_indptr[unit.sequence] : 0, length, layer, head);
+    start_tiles(keys, begin, end, staging);
+    const Turner turner(staging.angles, frequencies);
     if (ROPE && begin < end) {
-        fill_near(staging.near, frequencies);
-        float2* const far = reinterpret_cast<float2*>(staging.stages);
+        // The last stage is empty until the first tile is multiplied.
+        float2* const near = reinterpret_cast<float2*>(staging.stages + (STAGES - 1) * STAGE_BYTES);
+        float2* const far = near + NEAR * PAIRS;
         const i32 first = max(position(0), 0) / NEAR;
         const i32 last = max(position(rows - 1), 0) / NEAR;
+        fill_angles(near, NEAR, 0, 1, frequencies);
         fill_angles(far, last - first + 1, first * NEAR, NEAR, frequencies);
-        ptx::copy_async_wait<0>();
+        ptx::copy_async_wait<STAGES - 1>();
         __syncthreads();
-        rotate_rows(queries, rows, staging.near, far, first, [&](int row) { return max(position(row), 0); });
+        rotate_rows(queries, rows, near, far, first, [&](int row) { return max(position(row), 0); });
         __syncthreads();
+        turner.begin();
     }
     const int warp_first = min(warp * WARP_ROWS, rows - 1);
     const int warp_last = min(warp * WARP_ROWS + WARP_ROWS, rows) - 1;
@@ -195,8 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
     Block<BLOCKS> block;
     clear(block);
-    const Keys keys = keys_of(cache, length > 0 ? cache.kv_indptr[unit.sequence] : 0, length, layer, head);
-    for_each_tile(keys, begin, end, staging, frequencies, [&](int tile, const u8* k, const u8* v) {
+    for_each_tile(keys, begin, end, staging, turner, [&](int tile, const u8* k, const u8* v) {
 #pragma unroll 1
         for (int part = 0; part < TILE; part += STEP) {
             const i32 at = tile * TILE + part;

@@ -6,8 +6,10 @@
 //
 // Block: one tile of rows of one key head, 16 * BLOCKS rows a warp; the last tiles of each sequence, which see the most
 // keys, come first.
-// Shared memory: queries [ROWS] (then the output), stages, addresses, near, far (attention_stage.cuh); scan
-// [WARPS + 1] int64; the unit.
+// With ROPE, the tile after the one that is multiplied is rotated meanwhile: half of the warps rotate first and the
+// others multiply first, so that neither waits for the other kind of work.
+// Shared memory: queries [ROWS] (then the output), stages, angles, addresses (attention_stage.cuh); scan
+// [WARPS + 1] int64; the unit; the rows' spans.
 #pragma once
 #include "attention_tile.cuh"
 
@@ -17,8 +19,8 @@ constexpr int WARP_ROWS = 16 * BLOCKS;
 constexpr bool CROWDED = ROPE && SOFT_CAP && BLOCKS * DIM > 192;
 constexpr int STEP = TILE < 32 || CROWDED ? 16 : 32;
 
-static_assert((ceil_div(ROWS, GROUP) / NEAR + 2) * PAIRS * 8 <= STAGES * STAGE_BYTES,
-              "the far table of the queries fits in the stages");
+static_assert((NEAR + ceil_div(ROWS, GROUP) / NEAR + 2) * PAIRS * 8 <= STAGE_BYTES + ANGLE_BYTES || !ROPE,
+              "the tables of the queries fit in the last stage and what is behind it");
 
 struct Unit {
     i32 sequence, first_row, start, count;  // start: of the sequence's queries among all; count: how many
@@ -51,12 +53,8 @@ CUPY_LORA_DEVICE void locate(const i32* qo_indptr, i32 batch, i32 tokens, i64 nu
     __syncthreads();
 }
 
-// Calls compute(tile, keys, values) for the tiles begin .. end - 1 (tile t: positions t * TILE on), STAGES - 1 tiles
-// ahead of it under way. The near table is filled, and nobody reads the stages any more, when it is called; what the
-// caller copied to shared memory before (committed) is there at the first compute.
-template <class Compute>
-CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const Staging& staging,
-                                    const Turns& frequencies, Compute compute) {
+// Copies of the tiles begin .. begin + STAGES - 2 (tile t: positions t * TILE on), a group each.
+CUPY_LORA_DEVICE void start_tiles(const Keys& keys, int begin, int end, const Staging& staging) {
     const int tid = static_cast<int>(threadIdx.x);
     if (tid < TILE) {
 #pragma unroll
@@ -64,33 +62,46 @@ CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const 
             staging.addresses[i * TILE + tid] = begin + i < end ? key_address(keys, (begin + i) * TILE + tid) : 0;
         }
     }
-    if constexpr (ROPE) fill_angles(staging.far, FAR, begin * TILE, NEAR, frequencies);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
         if (begin + i < end) copy_tile(staging, i);
         ptx::copy_async_commit();
     }
+}
+
+// Calls compute(tile, keys, values) for the tiles begin .. end - 1, after start_tiles. What the caller copied to
+// shared memory before that (committed) is there at the first compute.
+template <class Compute>
+CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const Staging& staging, const Turner& turner,
+                                    Compute compute) {
+    constexpr int AHEAD = ROPE ? 1 : 0;  // of the multiplied tile is the one that must have landed
+    const int tid = static_cast<int>(threadIdx.x);
+    const bool early = tid < THREADS / 2;
+    if (ROPE && begin < end) {
+        ptx::copy_async_wait<STAGES - 2>();
+        __syncthreads();
+        turner.rotate(staging.stages, begin, true);
+    }
     int slot = 0;
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
-        ptx::copy_async_wait<STAGES - 2>();
-        __syncthreads();  // the tile has landed, everyone has left the stage that is filled next
-        const int next = slot == 0 ? STAGES - 1 : slot - 1;
-        if (tile + STAGES - 1 < end) copy_tile(staging, next);
+        ptx::copy_async_wait<STAGES - 2 - AHEAD>();
+        __syncthreads();  // the tile has landed (and is rotated), everyone has left the stage that is filled next
+        const int before = slot == 0 ? STAGES - 1 : slot - 1;
+        const int after = slot == STAGES - 1 ? 0 : slot + 1;
+        if (tile + STAGES - 1 < end) copy_tile(staging, before);
         ptx::copy_async_commit();
         // The page table is read an iteration ahead of the copies that need it, behind the arithmetic.
         u64 address = 0;
         if (tid < TILE && tile + STAGES < end) address = key_address(keys, (tile + STAGES) * TILE + tid);
+        const bool rotates = ROPE && tile + 1 < end;
+        if (rotates && early) turner.rotate(staging.stages + after * STAGE_BYTES, tile + 1, false);
         u8* const stage = staging.stages + slot * STAGE_BYTES;
-        if constexpr (ROPE) {
-            rotate_tile(stage, staging.near, staging.far);
-            __syncthreads();
-            if (tile + 1 < end) fill_angles(staging.far, FAR, (tile + 1) * TILE, NEAR, frequencies);
-        }
         compute(tile, stage, stage + SIDE_BYTES);
+        if (rotates && !early) turner.rotate(staging.stages + after * STAGE_BYTES, tile + 1, false);
         if (tid < TILE) staging.addresses[slot * TILE + tid] = address;
-        slot = slot == STAGES - 1 ? 0 : slot + 1;
+        slot = after;
     }
 }
 

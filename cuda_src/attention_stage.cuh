@@ -10,18 +10,22 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int ROW_BYTES = DIM * 2 + 16;       // of a staged row
 constexpr int SIDE_BYTES = TILE * ROW_BYTES;  // of a tile's keys, or values
 constexpr int STAGE_BYTES = 2 * SIDE_BYTES;
-constexpr int LANES = PIECES / 2;                                       // threads that rotate one row, 8 pairs each
-constexpr int ROUND = THREADS / LANES < TILE ? THREADS / LANES : TILE;  // rows that a block rotates at a time
-constexpr int NEAR = 8;                                                 // positions of the near table
-constexpr int FAR = ceil_div(ROUND, NEAR);                              // entries of the far table of one tile
+constexpr int LANES = PIECES / 2;             // threads that rotate one row, 8 pairs each
 
-static_assert(TILE <= THREADS, "one thread finds the page of a row");
+constexpr CUPY_LORA_DEVICE int power_within(int n) { return n < 2 ? 1 : 2 * power_within(n / 2); }
+
+constexpr int ROUND = power_within(THREADS / LANES < TILE ? THREADS / LANES : TILE);  // rows rotated at a time
+constexpr int TURNERS = ROUND * LANES;                                                // threads that rotate keys
+constexpr int RENEWAL = 64;  // tiles, after which the angles of keys are worked out anew
+constexpr int NEAR = 8;      // positions of the near table of the queries
+constexpr int ANGLE_BYTES = ROPE ? (TURNERS * 8 + PAIRS) * 8 : 0;
+
+static_assert(TILE <= THREADS && TILE % ROUND == 0, "one thread finds the page of a row, rounds are whole");
+static_assert(STAGES >= (ROPE ? 3 : 2), "a tile is multiplied, one rotated and one under way");
 
 // ---- rotary embedding ---------------------------------------------------------------------------
-// A position is a multiple of NEAR and a rest. cos and sin of the angles of the rests are in the near table
-// [NEAR + 1][PAIRS], those of the multiples in a far table [..][PAIRS]; their complex product is the angle's. The near
-// table's last entry is the angle of ROUND positions. In an entry, the first two of each 8 pairs come first, then the
-// second two and so on: threads side by side read pieces side by side.
+// A table's entry has (cos, sin) of the angles of all pairs: the first two of each 8 pairs come first, then the second
+// two and so on, so that threads side by side read pieces side by side.
 // Entry i: the angles at position first + i * step.
 CUPY_LORA_DEVICE void fill_angles(float2* table, int entries, i32 first, i32 step, const Turns& frequencies) {
     for (int e = static_cast<int>(threadIdx.x); e < entries * PAIRS; e += THREADS) {
@@ -29,11 +33,6 @@ CUPY_LORA_DEVICE void fill_angles(float2* table, int entries, i32 first, i32 ste
         const int pair = at / 2 % LANES * 8 + at / 2 / LANES * 2 + at % 2;
         table[e] = angle_at(frequencies.turns[pair], first + e / PAIRS * step);
     }
-}
-
-CUPY_LORA_DEVICE void fill_near(float2* near, const Turns& frequencies) {
-    fill_angles(near, NEAR, 0, 1, frequencies);
-    fill_angles(near + NEAR * PAIRS, 1, ROUND, 0, frequencies);
 }
 
 // Of 8 pairs, two a float4: (cos, sin, cos, sin).
@@ -85,7 +84,8 @@ CUPY_LORA_DEVICE void rotate_piece(u8* row, int unit, const Angles& angles) {
     low[LANES] = b.quad;
 }
 
-// Rows of queries. position(row) is that of a row; far holds the entries from position NEAR * first_far on.
+// Rows of queries. A position is a multiple of NEAR and a rest; the complex product of their entries is its angle.
+// position(row) is that of a row; near: the entries of 0 .. NEAR - 1, far: of multiples of NEAR from first_far on.
 template <class Position>
 CUPY_LORA_DEVICE void rotate_rows(u8* rows, int count, const float2* near, const float2* far, i32 first_far,
                                   Position position) {
@@ -97,34 +97,59 @@ CUPY_LORA_DEVICE void rotate_rows(u8* rows, int count, const float2* near, const
     }
 }
 
-// The keys of a tile; far: of its first ROUND positions. A thread's further rows are ROUND apart, each one's angles
-// four multiplications per pair from the last one's.
-CUPY_LORA_DEVICE void rotate_tile(u8* rows, const float2* near, const float2* far) {
-    const int unit = static_cast<int>(threadIdx.x) % LANES;
-    const int first = static_cast<int>(threadIdx.x) / LANES;
-    if (first >= ROUND) return;
-    Angles angles = added(angles_of(near, first % NEAR, unit), angles_of(far, first / NEAR, unit));
+// The keys of the tiles, tile after tile. A thread rotates the same 8 pairs of the same rows of every tile, ROUND rows
+// apart: four multiplications a pair turn the angles of one row into those of the next, from tile to tile too.
+class Turner {
+  public:
+    // space: ANGLE_BYTES, filled by begin() (all threads; then a barrier).
+    CUPY_LORA_DEVICE Turner(u8* space, const Turns& frequencies)
+        : own_(reinterpret_cast<float2*>(space)), step_(own_ + TURNERS * 8), frequencies_(frequencies) {}
+
+    CUPY_LORA_DEVICE void begin() const { fill_angles(step_, 1, ROUND, 0, frequencies_); }
+
+    CUPY_LORA_DEVICE void rotate(u8* rows, i32 tile, bool first) const {
+        const int thread = static_cast<int>(threadIdx.x);
+        if (TURNERS < THREADS && thread >= TURNERS) return;
+        const int unit = thread % LANES;
+        const int begin = thread / LANES;
+        if (first || tile % RENEWAL == 0) {
 #pragma unroll 1
-    for (int row = first; row < TILE; row += ROUND) {
-        rotate_piece(rows + row * ROW_BYTES, unit, angles);
-        angles = added(angles, angles_of(near, NEAR, unit));  // read again: prefill has no registers to keep it
+            for (int i = 0; i < 8; ++i) {
+                own_[(i / 2 * TURNERS + thread) * 2 + i % 2] =
+                    angle_at(frequencies_.turns[unit * 8 + i], tile * TILE + begin);
+            }
+        }
+        float4* const own = reinterpret_cast<float4*>(own_) + thread;
+        Angles angles;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) angles.two[i] = own[i * TURNERS];
+#pragma unroll 1
+        for (int row = begin; row < TILE; row += ROUND) {
+            rotate_piece(rows + row * ROW_BYTES, unit, angles);
+            angles = added(angles, angles_of(step_, 0, unit));  // read again: there are no registers to keep it
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[i * TURNERS] = angles.two[i];
     }
-}
+
+  private:
+    float2* own_;   // [4][TURNERS][2], of a thread's first row of the next tile
+    float2* step_;  // [PAIRS], of ROUND positions
+    const Turns& frequencies_;
+};
 
 // ---- staging ------------------------------------------------------------------------------------
 struct Staging {
     u8* stages;      // [STAGES][keys, values][TILE] rows
+    u8* angles;      // [ANGLE_BYTES], right behind them
     u64* addresses;  // [STAGES][TILE], where the rows of the tiles to come lie
-    float2* near;    // [NEAR + 1][PAIRS]
-    float2* far;     // [FAR][PAIRS], of the tile
 };
 
 CUPY_LORA_DEVICE Staging carve_staging(u8*& shared) {
     Staging staging;
     staging.stages = carve<u8>(shared, STAGES * STAGE_BYTES);
+    staging.angles = carve<u8>(shared, ANGLE_BYTES);
     staging.addresses = carve<u64>(shared, STAGES * TILE);
-    staging.near = carve<float2>(shared, ROPE ? (NEAR + 1) * PAIRS : 0);
-    staging.far = carve<float2>(shared, ROPE ? FAR * PAIRS : 0);
     return staging;
 }
 

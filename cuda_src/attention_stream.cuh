@@ -1,11 +1,12 @@
 // Decode's copies: one warp brings the tiles of all of a block's units, as one stream, into a ring of stages, for the
 // other warps to multiply. Two mbarriers a stage say that it is full and that it is empty.
 //
-// A tile is four quarters of QUARTER keys, each of them rows of DIM elements one after the other as in the page, 32
-// bytes of nothing between quarters: lanes that read the same piece of one row of each quarter meet different banks.
+// A tile is four quarters of QUARTER keys, each of them rows of DIM elements one after the other as in the page.
 //
 // COPY_BULK: runs of keys that lie in one page and one quarter by the copy engine (sm_90 on; runs of 1 KB and more:
-// runs of 256 bytes take twice as long). Else 16 bytes at a time by this warp's lanes.
+// runs of 256 bytes take twice as long). Else 16 bytes at a time by this warp's lanes, with 32 bytes of nothing between
+// quarters: lanes that read the same piece of one row of each quarter meet different banks. The copy engine is slower
+// where a destination is no multiple of 128 (4.1 instead of 4.4 TB/s), which costs more than the conflicts.
 #pragma once
 #include "attention_schedule.cuh"
 
@@ -13,7 +14,7 @@ constexpr int ROWS = GROUP < 16 ? GROUP : 16;
 constexpr int ROW_BYTES = DIM * 2;
 constexpr int QUERY_BYTES = ROWS * ROW_BYTES;
 constexpr int QUARTER = TILE / 4;
-constexpr int QUARTER_BYTES = QUARTER * ROW_BYTES + 32;
+constexpr int QUARTER_BYTES = QUARTER * ROW_BYTES + (COPY_BULK ? 0 : 32);
 constexpr int SIDE_BYTES = 4 * QUARTER_BYTES;  // of a tile's keys, or values
 constexpr int STAGE_BYTES = 2 * SIDE_BYTES;
 

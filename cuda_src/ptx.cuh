@@ -248,12 +248,18 @@ CUPY_LORA_DEVICE void copy_async_arrive(u64* barrier) {
 }
 
 // A run of bytes by the copy engine (sm_90 on); addresses and size are multiples of 16. The barrier counts the bytes.
+// They are the first to leave L2: read once.
 CUPY_LORA_DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
 #ifndef CUPY_LORA_SIMT
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
-                 : "memory");
+    asm volatile(
+        "{\n"
+        ".reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+        "policy;\n"
+        "}" ::"r"(shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
 #else
     simt::copy_bulk(shared, global, bytes, barrier);
 #endif

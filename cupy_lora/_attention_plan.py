@@ -16,7 +16,6 @@ from ._rope import Rope, frequencies
 _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16"}
 _LOG2E: Final = math.log2(math.e)
 _RESERVED: Final = 1024  # bytes of shared memory that the system takes of each block
-_NEAR: Final = 8  # positions of the near table of attention_stage.cuh
 _BULK_MIN: Final = 1024  # bytes of the smallest copy that the copy engine is asked for
 
 CHUNK_MIN: Final = 256  # keys of the smallest chunk of decode
@@ -79,19 +78,12 @@ def _aligned(*sizes: int) -> int:
     return sum(-(-size // 16) * 16 for size in sizes)
 
 
-def _tile_bytes(dim: int, rope: bool, warps: int, tile: int, stages: int) -> tuple[int, ...]:
-    """Shared memory of ``Staging`` and the scan of batch_prefill."""
-    far = math.ceil(min(32 * warps // (dim // 16), tile) / _NEAR)
-    tables = ((_NEAR + 1) * dim * 4, far * dim * 4) if rope else ()
-    return (stages * 2 * tile * (2 * dim + 16), stages * tile * 8, *tables, (warps + 1) * 8)
-
-
 def decode_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) -> int:
     """Dynamic shared memory of batch_decode: the map in attention_decode.cuh."""
     rows, warps, stages = min(group, 16), config.warps, config.stages
     unit = 4 if dim % 64 == 0 else 2 if dim % 32 == 0 else 1
     ring = (
-        *(stages * 2 * (2 * config.tile * dim + 4 * 32), stages * rows * 2 * dim, stages * 48),
+        *(stages * 2 * (2 * config.tile * dim + (0 if config.bulk else 4 * 32)), stages * rows * 2 * dim, stages * 48),
         *(0 if config.bulk else config.tile * 8, (2 * stages + 1) * 8),
     )
     turned = (16 * (4 * dim + (0 if dim % 32 else 64)), warps * dim // 16 * min(rows, 8) * 64) if rope else ()
@@ -101,10 +93,12 @@ def decode_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) ->
 
 def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
     """Dynamic shared memory of batch_prefill: the map in attention_prefill.cuh."""
-    rows = 16 * config.blocks * config.warps
-    return _aligned(
-        rows * 8, rows * (2 * dim + 16), 16, *_tile_bytes(dim, rope, config.warps, config.tile, config.stages)
-    )
+    warps, tile, stages = config.warps, config.tile, config.stages
+    rows = 16 * config.blocks * warps
+    lanes = dim // 16
+    turners = lanes << min(32 * warps // lanes, tile).bit_length() - 1
+    staging = (stages * 2 * tile * (2 * dim + 16), turners * 64 + dim * 4 if rope else 0, stages * tile * 8)
+    return _aligned(rows * (2 * dim + 16), *staging, (warps + 1) * 8, 16, rows * 8)
 
 
 @functools.cache
@@ -141,11 +135,11 @@ def choose_prefill(dim: int, rope: bool, arch: int) -> TileConfig:
     block_limit, limit = shared_limits(arch)
     blocks = 2 if dim <= (128 if arch < 120 else 96) else 1  # more spill registers there
     several = ((4, 2), (4, 1))
-    for warps, resident in ((8, 1), *several) if rope and blocks == 2 else several:
+    for warps, resident in ((8, 1), *several) if rope else several:
         for tile in (32, 64, 16) if 96 <= dim <= 128 else (64, 32, 16):
             if tile * dim > 64 * 128 or (tile == 16 and (resident == 2 or warps == 8)):
                 continue
-            config = TileConfig(warps, tile, 2, blocks, resident)
+            config = TileConfig(warps, tile, 3 if rope else 2, blocks, resident)
             size = prefill_shared_bytes(dim, rope, config)
             if size <= block_limit and resident * (size + _RESERVED) <= limit:
                 return config
