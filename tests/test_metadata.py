@@ -316,6 +316,17 @@ def test_copy_next_input_ids(engine: Engine, accept: str, dtype: np.dtype):
     assert (engine.numpy(array) == expected).all()
 
 
+def test_copy_fewer_next_ids_than_sequences(engine: Engine):
+    """The token that is read ahead, one a sequence, is not there for all of them."""
+    ids = np.zeros((4, 6), I64)
+    array = engine.array(ids)
+    counts = [engine.array(np.array(values, I64)) for values in ([1, 2, 0, 3], [1, 1, 1, 1], [0, 0, 0, 0])]
+    next_ids = engine.array(np.array([7, 8], I64))
+    cupy_lora.copy_next_input_ids_inplace(1, array, *counts, next_ids, engine.array(cumulative([1, 0, 0, 1], I64)))
+    ids[0, 2], ids[3, 4] = 7, 8
+    assert (engine.numpy(array) == ids).all()
+
+
 @pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize("most", [1, 90, 3000])
 def test_position_and_slot_ids(engine: Engine, most: int, dtype: np.dtype):

@@ -114,6 +114,24 @@ def test_init_finds_the_sequence_among_many(engine: Engine):
     init_case(engine, lengths, lengths, 1, 8, 4, F16, 0)
 
 
+@pytest.mark.parametrize("batch", [32, 33, 35, 39])
+def test_init_finds_the_sequence_where_a_step_ends(engine: Engine, batch: int):
+    """One step of the search or two; with 35 and 39 the end of the table is the end of a page."""
+    lengths = [1] * batch
+    init_case(engine, lengths, lengths, 1, 8, 4, F16, 0)
+
+
+def test_init_of_a_token_behind_its_sequence(engine: Engine):
+    """Ends out of order lead to a sequence that ends at the token; the page past its last one is not there."""
+    rng = np.random.default_rng(8)
+    pool = Pool(engine, 10, 2, 1, 4, 8, F16)
+    _, host_tables = tables(pool, rng, [12, 12, 16])
+    k, v = rng.standard_normal((2, 9, 1, 8)).astype(F16)
+    starts = np.array([0, 9, 0, 2], np.int32)
+    cupy_lora.init_kv(*(engine.array(t) for t in (*host_tables, k, v, starts)), 2, 1, 1, 4)
+    tolerance.assert_same_bits(engine.numpy(pool.pages)[:, 0], pool.expected[:, 0], "the other layer")
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize(("heads", "dim", "page_size"), [(8, 128, 16), (1, 8, 1), (3, 40, 5), (32, 128, 8)])
 def test_append_writes_the_last_position(engine: Engine, heads: int, dim: int, page_size: int, dtype: np.dtype):
