@@ -50,13 +50,19 @@ CUPY_LORA_DEVICE Keys keys_of(const Cache& cache, i32 first_page, i32 length, i3
     return {cache.kv_ptrs + first_page, offset, length};
 }
 
-// Where the key at a position lies; 0 past the end and in a page that cannot be one (its keys count as zeros).
-CUPY_LORA_DEVICE u64 key_address(const Keys& keys, i32 position) {
-    if (position >= keys.length) return 0;
-    const u32 at = static_cast<u32>(position);
-    const u64 page = static_cast<u64>(keys.pages[at / PAGE]);
+// Where the page of the key at a position lies; 0 past the end.
+CUPY_LORA_DEVICE u64 page_at(const Keys& keys, i32 position) {
+    return position < keys.length ? static_cast<u64>(keys.pages[static_cast<u32>(position) / PAGE]) : 0;
+}
+
+// Where the key at a position of a page lies; 0 in a page that cannot be one (its keys count as zeros).
+CUPY_LORA_DEVICE u64 address_in(const Keys& keys, u64 page, i32 position) {
     if (page == 0 || page % 16 != 0) return 0;
-    return page + static_cast<u64>(keys.offset) + (at % PAGE) * (DIM * 2u);
+    return page + static_cast<u64>(keys.offset) + (static_cast<u32>(position) % PAGE) * (DIM * 2u);
+}
+
+CUPY_LORA_DEVICE u64 key_address(const Keys& keys, i32 position) {
+    return address_in(keys, page_at(keys, position), position);
 }
 
 // ---- the online softmax -------------------------------------------------------------------------

@@ -92,15 +92,17 @@ CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const 
         const int after = slot == STAGES - 1 ? 0 : slot + 1;
         if (tile + STAGES - 1 < end) copy_tile(staging, before);
         ptx::copy_async_commit();
-        // The page table is read an iteration ahead of the copies that need it, behind the arithmetic.
-        u64 address = 0;
-        if (tid < TILE && tile + STAGES < end) address = key_address(keys, (tile + STAGES) * TILE + tid);
+        // The page table is read an iteration ahead of the copies that need it, behind the arithmetic: nothing may
+        // look at what is read before that, or the first warp waits for it and all others for that warp.
+        const i32 position = (tile + STAGES) * TILE + tid;
+        u64 page = 0;
+        if (tid < TILE && tile + STAGES < end) page = page_at(keys, position);
         const bool rotates = ROPE && tile + 1 < end;
         if (rotates && early) turner.rotate(staging.stages + after * STAGE_BYTES, tile + 1, false);
         u8* const stage = staging.stages + slot * STAGE_BYTES;
         compute(tile, stage, stage + SIDE_BYTES);
         if (rotates && !early) turner.rotate(staging.stages + after * STAGE_BYTES, tile + 1, false);
-        if (tid < TILE) staging.addresses[slot * TILE + tid] = address;
+        if (tid < TILE) staging.addresses[slot * TILE + tid] = address_in(keys, page, position);
         slot = after;
     }
 }

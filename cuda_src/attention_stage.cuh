@@ -10,7 +10,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int ROW_BYTES = DIM * 2 + 16;       // of a staged row
 constexpr int SIDE_BYTES = TILE * ROW_BYTES;  // of a tile's keys, or values
 constexpr int STAGE_BYTES = 2 * SIDE_BYTES;
-constexpr int LANES = PIECES / 2;             // threads that rotate one row, 8 pairs each
+constexpr int LANES = PIECES / 2;  // threads that rotate one row, 8 pairs each
 
 constexpr CUPY_LORA_DEVICE int power_within(int n) { return n < 2 ? 1 : 2 * power_within(n / 2); }
 
