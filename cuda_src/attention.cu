@@ -27,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                  const i32* last_page_offset, float* partial_acc, float* partial_rows, i32* counters,
                  const Turns frequencies, i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 layer, i32 window,
                  i32 slots, i32 share, float scale, float cap) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(memory);
     u8* shared = memory;
     Ring ring;
@@ -139,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     batch_prefill(const ELEMENT* q, ELEMENT* out, float* lse, const i32* qo_indptr, const i64* kv_ptrs,
                   const i32* kv_indptr, const i32* last_page_offset, const Turns frequencies, i64 q_stride,
                   i64 out_stride, i32 num_ptrs, i32 batch, i32 tokens, i32 layer, i32 window, float scale, float cap) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(memory);
     u8* shared = memory;
     u8* const queries = carve<u8>(shared, ROWS * ROW_BYTES);

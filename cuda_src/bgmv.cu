@@ -19,6 +19,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     bgmv_shrink(const In* __restrict__ x, const Half* __restrict__ weights, const i64* __restrict__ pointers, Out* out,
                 const Index* __restrict__ indices, i32 slots, i64 stride, i64 layer, i64 x_stride, i64 out_stride,
                 float scale) {
+    ptx::begin_launch();
     unsigned char* const shared = block_shared();
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 token = blockIdx.x / kCluster;
@@ -37,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     bgmv_expand(const In* __restrict__ v, const Half* __restrict__ weights, const i64* __restrict__ pointers, Out* out,
                 const Index* __restrict__ indices, i32 slots, i64 stride, i64 layer, i64 v_stride, i64 out_stride,
                 float scale) {
+    ptx::begin_launch();
     unsigned char* const shared = block_shared();
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 token = blockIdx.x / kCluster;

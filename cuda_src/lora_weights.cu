@@ -12,6 +12,7 @@ struct SlotRecords {
 };
 
 extern "C" __global__ void set_slot(u64* __restrict__ table, i32 slot, SlotRecords records) {
+    ptx::begin_launch();
     const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int s = 0; s < SLICES; ++s) {

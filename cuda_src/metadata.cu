@@ -106,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1024 / BLOCK)
     block_tables_to_ragged(const TABLE* __restrict__ table, i64 stride, i32 width,
                            const INPUT_LENGTH* __restrict__ input, const CACHE_LENGTH* __restrict__ cache,
                            RAGGED* __restrict__ ragged, u32 total) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     const int row = static_cast<int>(blockIdx.x);
     ragged_row(table, stride, width, input, cache, row, ragged, total, reinterpret_cast<u32*>(shared));
@@ -124,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1024 / BLOCK)
                 i32 segments, i32 rows_of_batch, i32 slots, Lists lists, i32* __restrict__ tile_count
 #endif
     ) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     int row = static_cast<int>(blockIdx.x);
 #if SCHEDULE
@@ -199,6 +201,7 @@ CUPY_LORA_DEVICE void copy_row(To* __restrict__ to, const From* __restrict__ fro
 extern "C" __global__ void __launch_bounds__(BLOCK)
     block_tables_to_padded(const CUMULATIVE* cu, TABLE* table, i64 stride, i32 width, const RAGGED* ragged,
                            i64 ragged_size, i32 rows) {
+    ptx::begin_launch();
     const int row = row_of_thread();
     if (row >= rows) return;
     const i64 start = cu[row], end = cu[row + 1];
@@ -210,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     copy_next_input_ids(TOKEN* all_ids, i64 stride, i32 width, const CACHE_LENGTH* cache, const INPUT_LENGTH* input,
                         const PROMPT_LENGTH* prompt, const NEXT_TOKEN* next_ids, i64 next_size, const CUMULATIVE* cu,
                         i32 rows) {
+    ptx::begin_launch();
     const int row = row_of_thread();
     if (row >= rows) return;
     const i64 start = cu[row], end = cu[row + 1];
@@ -228,6 +232,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     prepare_position_slot_ids(const CACHE_LENGTH* cache, const CUMULATIVE* cu, const CU_SLOTS* cu_slots,
                               POSITION* __restrict__ position_ids, SLOT_INDEX* __restrict__ slot_indices, i64 tokens,
                               i32 rows) {
+    ptx::begin_launch();
     const int row = row_of_thread();
     if (row >= rows) return;
     const i64 start = cu[row], end = cu[row + 1];
@@ -249,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 extern "C" __global__ void __launch_bounds__(BLOCK)
     slots_filtering(const SLOT* slots, i64 slots_size, FILTERED* filtered, i64 filtered_size, const CUMULATIVE* cu,
                     const START* starts, i32 rows) {
+    ptx::begin_launch();
     const int row = row_of_thread();
     if (row >= rows) return;
     const i64 from = starts[row], to = cu[row], end = cu[row + 1];

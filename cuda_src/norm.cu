@@ -262,6 +262,7 @@ CUPY_LORA_DEVICE i64 row_offset(i64 row, i64 inner, const Strides& strides) {
 extern "C" __global__ void __launch_bounds__(BLOCK, MIN_BLOCKS)
     rms_norm(const T* input, T* residual, const W* __restrict__ weight, T* out, i64 rows, i64 inner,
              Strides input_strides, Strides residual_strides, Strides out_strides, float epsilon) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     float* const sums = reinterpret_cast<float*>(shared);
     uint4* const kept = reinterpret_cast<uint4*>(shared + 256);

@@ -135,6 +135,7 @@ CUPY_LORA_DEVICE void move_token(const u8* k, const u8* v, int lane, Find find R
 extern "C" __global__ void __launch_bounds__(BLOCK)
     append_kv(const i64* kv_ptrs, const i32* kv_indptr, const i32* last_page_offset, const u8* k, const u8* v,
               i64 k_stride, i64 v_stride, i32 num_ptrs, i32 batch, i32 layer ROPE_PARAMETER) {
+    ptx::begin_launch();
     const int token = static_cast<int>(blockIdx.x) * TOKENS + static_cast<int>(threadIdx.x) / LANES;
     if (token >= batch) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
@@ -185,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     init_kv(const i64* kv_ptrs, const i32* kv_indptr, const i32* last_page_offset, const u8* k, const u8* v,
             const i32* seqlen_indptr, i64 k_stride, i64 v_stride, i32 num_ptrs, i32 batch, i32 tokens,
             i32 layer ROPE_PARAMETER) {
+    ptx::begin_launch();
     const int token = static_cast<int>(blockIdx.x) * TOKENS + static_cast<int>(threadIdx.x) / LANES;
     if (token >= tokens) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;

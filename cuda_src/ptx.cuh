@@ -314,6 +314,15 @@ CUPY_LORA_DEVICE void store_async_16(Remote to, uint4 v, Remote barrier) {
 #endif
 }
 
+// The first statement of every kernel: waits until the launch before it is done and its writes are seen, then lets
+// the next start its blocks, which wait here in turn: a launch's start is paid while another runs (_jit.py). sm_90.
+CUPY_LORA_DEVICE void begin_launch() {
+#if !defined(CUPY_LORA_SIMT) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- mbarriers (8 bytes of shared memory, 8-byte aligned) --------------------------------------
 CUPY_LORA_DEVICE void mbarrier_init(u64* barrier, u32 arrivals) {
 #ifndef CUPY_LORA_SIMT

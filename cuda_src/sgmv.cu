@@ -35,6 +35,7 @@ extern "C" __global__ void
         sgmv(const In* __restrict__ x, const Half* __restrict__ weights, const i64* __restrict__ pointers, Out* out,
              const Start* __restrict__ starts, const Length* __restrict__ lengths, const Index* __restrict__ indices,
              i32 segments, i64 tokens, i32 slots, i64 stride, i64 layer, i64 x_stride, i64 out_stride, float scale) {
+    ptx::begin_launch();
     const Stack stack{weights, pointers, stride, layer, slots};
     const i64 step = static_cast<i64>(gridDim.x / kCluster) * kTileRows;
     unsigned char* const shared = block_shared();

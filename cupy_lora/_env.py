@@ -44,10 +44,14 @@ DISABLE_SGMV = Switch("DISABLE_SGMV", "has_sgmv() is False: a loop of matrix pro
 CUBINS = Switch(
     "CUPY_LORA_CUBINS", "the folder of kernels compiled ahead by `python -m cupy_lora warmup --cubins`, looked at first"
 )
+SERIAL = Switch(
+    "CUPY_LORA_SERIAL",
+    "launch kernels without the driver's early start, for measuring or debugging (read at the first launch)",
+)
 REQUIRE_GPU = Switch("CUPY_LORA_REQUIRE_GPU", "in the tests: fail instead of skipping where there is no usable GPU")
 LORAX_CHECKOUT = Switch(
     "CUPY_LORA_LORAX_CHECKOUT",
     "the path of a LoRAX checkout: its own code is then an oracle of the tests and a peer in bench",
 )
 
-SWITCHES = (DEBUG, DISABLE_SGMV, CUBINS, REQUIRE_GPU, LORAX_CHECKOUT)
+SWITCHES = (DEBUG, DISABLE_SGMV, CUBINS, SERIAL, REQUIRE_GPU, LORAX_CHECKOUT)

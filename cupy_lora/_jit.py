@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _cubins, _paths
+from . import _cubins, _env, _paths
 
 if TYPE_CHECKING:
     from ._arrays import Array
@@ -147,6 +149,23 @@ class _Driver:
         self.current_stream = cuda.get_current_stream
         self.make_context = cuda.runtime.memGetInfo
         self.use_device = cuda.Device
+        self._check = cuda.driver.check_status
+        self._launch_early: Any = None
+        # Graphs take such launches from CUDA 12.3 on.
+        if not _env.SERIAL.on and cuda.runtime.driverGetVersion() >= 12030:
+            libcuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+            self._launch_early = libcuda.cuLaunchKernelEx
+            self._launch_early.argtypes = [ctypes.c_void_p] * 4
+
+    def starts_early(self, device: int) -> bool:
+        """Whether kernels may start before the launch ahead of them is done, and wait themselves: from sm_90 on."""
+        return self._launch_early is not None and device_arch(device) >= 90
+
+    def launch_early(self, config: int, function: int, arguments: int) -> None:
+        """Launch by a ``CUlaunchConfig`` in memory."""
+        status = self._launch_early(config, function, arguments, None)
+        if status:
+            self._check(status)
 
 
 _driver: _Driver | None = None
@@ -174,7 +193,20 @@ def stream_handle(device: int) -> int:
     return handle
 
 
-_Frame = tuple["array.array[int]", "array.array[int]", int]
+# cuda.h: CUlaunchAttribute is an id, padding and a union of 64 bytes; 6 is "programmatic stream serialization": the
+# kernel may start when the one before lets it, and waits for its end itself (begin_launch of ptx.cuh).
+_EARLY = array.array("Q", [6, 1, *[0] * 7])
+
+
+@dataclass
+class _Frame:
+    """The memory of one call in flight."""
+
+    words: array.array[int]  # the arguments
+    pointers: array.array[int]  # where each is
+    config: array.array[int]  # CUlaunchConfig
+    arguments: int  # addresses of the last two
+    config_at: int
 
 
 class Ready:
@@ -193,7 +225,7 @@ class Ready:
         Arguments that come with each call: position, index into the call's pointers, bytes to add.
     """
 
-    __slots__ = ("_device", "_frames", "_offsets", "_places", "_sizes", "_words", "grid", "kernel")
+    __slots__ = ("_device", "_early", "_frames", "_offsets", "_places", "_sizes", "_words", "grid", "kernel")
 
     def __init__(self, launch: Launch, device: int, places: Sequence[tuple[int, int, int]] = ()) -> None:
         kernel = self.kernel = launch.kernel
@@ -203,6 +235,7 @@ class Ready:
         if function is None:
             function = _function(kernel, device)
         self._sizes = (function.ptr, *launch.grid, kernel.block, 1, 1, kernel.shared)
+        self._early = (_driver or _load_driver()).starts_early(device)
         self._words, self._offsets = pack(launch.args)
         self._places = [(self._offsets[position] // 8, index, delta) for position, index, delta in places]
         # Two threads may make the same call at once, and the driver copies the arguments with the interpreter's lock
@@ -227,7 +260,7 @@ class Ready:
             frame = self._frames.pop()
         except IndexError:
             frame = self._frame()
-        words, _, address = frame
+        words = frame.words
         for word, index, delta in self._places:
             words[word] = pointers[index] + delta
         for position, value in values:
@@ -242,22 +275,33 @@ class Ready:
         if _watcher is not None:
             _watcher(self)
         if device in _thread.devices and driver.current_device() == device:
-            driver.launch_kernel(*self._sizes, stream, address, 0)
+            self._launch(driver, stream, frame)
         else:
             with driver.use_device(device):
                 if device not in _thread.devices:
                     driver.make_context()
                     _thread.devices.add(device)
-                driver.launch_kernel(*self._sizes, stream, address, 0)
+                self._launch(driver, stream, frame)
         self._frames.append(frame)
         if _imported:
             _keep_imported(device, stream)
 
+    def _launch(self, driver: _Driver, stream: int, frame: _Frame) -> None:
+        if self._early:
+            frame.config[4] = stream
+            driver.launch_early(frame.config_at, self._sizes[0], frame.arguments)
+        else:
+            driver.launch_kernel(*self._sizes, stream, frame.arguments, 0)
+
     def _frame(self) -> _Frame:
         words = self._words[:]
         base = words.buffer_info()[0]
-        addresses = array.array("Q", [base + offset for offset in self._offsets])
-        return words, addresses, addresses.buffer_info()[0]
+        pointers = array.array("Q", [base + offset for offset in self._offsets])
+        # CUlaunchConfig: grid, block and bytes of shared memory as 32-bit words, the stream, the attributes, how many.
+        _, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared = self._sizes
+        sizes = [grid_x | grid_y << 32, grid_z | block_x << 32, block_y | block_z << 32, shared]
+        config = array.array("Q", [*sizes, 0, _EARLY.buffer_info()[0], 1])
+        return _Frame(words, pointers, config, pointers.buffer_info()[0], config.buffer_info()[0])
 
 
 def pack(args: Sequence[Array | np.generic | np.ndarray | None]) -> tuple[array.array[int], list[int]]:

@@ -34,6 +34,7 @@ class Driver:
     launches: list[tuple[Any, ...]] = field(default_factory=list)
     contexts: list[tuple[int, int]] = field(default_factory=list)
     during: Callable[[], None] | None = None
+    early: bool = False
 
     def launch_kernel(self, *args: Any) -> None:
         *sizes, stream, address, extra = args
@@ -41,6 +42,16 @@ class Driver:
         if self.during is not None:
             self.during()
         self.launches.append((self.current, stream, address, *sizes))
+
+    def starts_early(self, device: int) -> bool:
+        return self.early
+
+    def launch_early(self, config: int, function: int, arguments: int) -> None:
+        grid_block = (ctypes.c_uint32 * 7).from_address(config)
+        stream, attributes, count = (ctypes.c_uint64 * 3).from_address(config + 32)
+        assert list((ctypes.c_uint32 * 3).from_address(attributes)) == [6, 0, 1]
+        assert count == 1
+        self.launch_kernel(function, *grid_block, stream, arguments, 0)
 
     def current_device(self) -> int:
         return self.current

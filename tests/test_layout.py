@@ -88,3 +88,15 @@ def test_public_name_exists_and_is_documented(name):
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'no_such_op'"):
         _ = cupy_lora.no_such_op
+
+
+def test_every_kernel_begins_by_waiting_for_the_launch_before() -> None:
+    """A kernel is launched while the one before may still run: it reads and writes nothing until that one is done."""
+    kernels = 0
+    for path in KERNELS:
+        for kernel in code(path).split('extern "C" __global__')[1:]:
+            kernels += 1
+            first = re.search(r"\) \{\n(?:#.*\n)*\s*(.*)", kernel)
+            assert first is not None
+            assert first[1] == "ptx::begin_launch();", f"{path.name}: a kernel that begins with {first[1]!r}"
+    assert kernels > 15

@@ -22,12 +22,14 @@ from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, Array
 from cupy_lora._plans import Kept, Plans
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """A GPU that is not there, and no plans of other tests."""
+@pytest.fixture(params=[False, True], ids=["serial", "early"])
+def driver(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Driver:
+    """A GPU that is not there, by both ways to launch, and no plans of other tests."""
     for module in (_halves, norm, punica_kernels):
         monkeypatch.setattr(module, "_plans", Plans(module._plans._switch))
-    return install(monkeypatch)
+    driver = install(monkeypatch)
+    driver.early = request.param
+    return driver
 
 
 KERNEL = _jit.Kernel("norm", "k", (), 128, 64)
