@@ -147,7 +147,6 @@ EXEMPT: tuple[tuple[str, str, int, str], ...] = (
     ("lora_halves.cuh", "at + 2 <= kRank ?", 1, "`at` and kRank are multiples of 4"),
     ("lora_halves.cuh", "at + 3 <= kRank ?", 1, "`at` and kRank are multiples of 4"),
     ("lora_math.cuh", "for (int bit = 0; bit <= kLevels; ++bit) {", 1, "a leaf's number has kLevels bits"),
-    ("lora_ring.cuh", "const int chosen = i <= rows ?", 1, "a row that is safe to read and not written"),
     ("lora_ring.cuh", "row <= tile.rows)) wanted", 1, "a row of x whose products are not written"),
     ("lora_ring.cuh", "y_row + j * kThreads / kYChunks <= tile.rows &&", 1, "a row of y that is not written"),
     ("metadata.cu", "i <= base + CHUNK; i += BLOCK) to[i]", 1, "an element of the next chunk, to its own place"),
