@@ -95,12 +95,13 @@ def test_same_bits_where_units_fill_the_width(rank: int, form: str, outs: tuple[
     np.testing.assert_array_equal(got.view(np.uint16), usual_of_one_width(rank, outs).view(np.uint16))
 
 
-@pytest.mark.parametrize(("rank", "wide", "form"), [(5, 4104, "direct"), (5, 6144, "direct-one-block")])
-def test_ranks_of_zeros_change_no_bit(rank: int, wide: int, form: str) -> None:
-    """Code for any rank, whose steps of so wide a leaf are not taken in equal shares, against code for 16."""
+@pytest.mark.parametrize(("wide", "form"), [(4104, "direct"), (6144, "direct-one-block")])
+@pytest.mark.parametrize(("rank", "padded"), [(5, 16), (40, 64)])
+def test_ranks_of_zeros_change_no_bit(rank: int, padded: int, wide: int, form: str) -> None:
+    """Code for any rank, whose steps of so wide a leaf are not taken in equal shares, against code for one."""
     outs = (64,)
     plain = add_lora(rank, form, wide=wide, tokens=9, outs=outs)
-    np.testing.assert_array_equal(plain, add_lora(rank, form, wide=wide, tokens=9, outs=outs, padded=16))
+    np.testing.assert_array_equal(plain, add_lora(rank, form, wide=wide, tokens=9, outs=outs, padded=padded))
 
 
 def test_same_bits_at_the_largest_rank() -> None:
@@ -109,8 +110,8 @@ def test_same_bits_at_the_largest_rank() -> None:
 
 
 @pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block"])
-@pytest.mark.parametrize("later", [40, 90])
-def test_a_launch_replayed_with_a_larger_batch(later: int, form: str) -> None:
+@pytest.mark.parametrize("later", [3, 40, 90])
+def test_a_launch_replayed_with_another_batch(later: int, form: str) -> None:
     """As by a graph: the rows that its arrays lack are skipped, the others are those of the new batch."""
     rng = np.random.default_rng(24)
     wide, out, rank, adapters, tokens = 256, 128, 16, 2, 40
@@ -118,6 +119,7 @@ def test_a_launch_replayed_with_a_larger_batch(later: int, form: str) -> None:
     b = rng.standard_normal((adapters, out, rank)).astype(np.float16)
     x = rng.standard_normal((tokens, wide)).astype(np.float16)
     slots = rng.integers(-1, adapters, later)
+    slots[tokens : tokens + 1] = 0  # the first row that the arrays lack is listed
     launches: list[_jit.Launch] = []
     with on_cpu() as engine:
         weights = cupy_lora.LoraWeights(wide, out, max_adapters=adapters, dtype="float16", device="cpu")
@@ -128,10 +130,14 @@ def test_a_launch_replayed_with_a_larger_batch(later: int, form: str) -> None:
         x_array, y = engine.array(x), engine.array(np.zeros((tokens, out), np.float16))
         with _jit.host_runner(launches.append):
             cupy_lora.add_lora(y, x_array, weights, batch, config=FORMS[form])
+        for tiles in batch.tiles.values():
+            tiles[...] = adapters
         batch.update(engine.array(slots))
         _jit.run(launches[0], _arrays.CPU, None)
         wanted = engine.array(np.zeros((tokens, out), np.float16))
-        batch.update(engine.array(slots[:tokens]))
+        known = np.full(tokens, -1)
+        known[:later] = slots[:tokens]
+        batch.update(engine.array(known))
         cupy_lora.add_lora(wanted, x_array, weights, batch, config=FORMS[form])
     assert np.abs(wanted.astype(np.float32)).max() > 0
     np.testing.assert_array_equal(y.view(np.uint16), wanted.view(np.uint16))

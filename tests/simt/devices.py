@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import engines
+import numpy as np
 
 from cupy_lora import _jit
 
@@ -39,9 +40,14 @@ def on_cpu(edge: str = "end", clusters: int | None = None, arch: int = 90, sms: 
         runner.run(launch)
 
     engine, facts = engines.Simt(edge), _jit.DeviceFacts(arch, sms)
+
+    def filled(shape: tuple[int, ...], dtype: np.dtype, device: int, value: int) -> np.ndarray:
+        return engine.array(np.full(shape, value, dtype))
+
     with (
         _jit.host_runner(run),
         mock.patch("cupy_lora._arrays.empty", engine.empty),
+        mock.patch("cupy_lora._device.filled", filled),
         mock.patch("cupy_lora._jit.device_facts", return_value=facts),
     ):
         yield engine
