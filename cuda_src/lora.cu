@@ -28,6 +28,7 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
             first_x);
         __syncthreads();
         exchange_parts<kWidth>(ex, tile.rows);
+        ptx::start_next();  // not earlier: blocks of the next launch would take room from clusters still to come
         expand.finish([&](int rank) {
             const float4 q = exchanged<kWidth>(ex, g, rank);
             return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
@@ -158,7 +159,7 @@ CUPY_LORA_DEVICE void tile_of_rank(int rank, Block& block, const Args&... args) 
 extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     add_lora(const In* __restrict__ x, Out* y, const Record* __restrict__ table, const i32* __restrict__ tiles,
              const i32* __restrict__ tile_count, i32 tokens, i32 slots, u32 x_stride, u32 y_stride, float scale) {
-    ptx::begin_launch();
+    ptx::begin_launch(false);
     unsigned char* const shared = block_shared();
     constexpr int kStride = 8 + kTileRows;
     const int slice = static_cast<int>(blockIdx.y);

@@ -315,6 +315,8 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     __syncthreads();
     if constexpr (kCluster > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
 
+    ptx::start_next();
+
     // ---- expand: this warp's 16 tokens, and its unit of each stage's columns
     const int token0 = warp % S::kTokenTiles * 16 + g, unit = warp / S::kTokenTiles * E::kUnit;
     const float scale = w.scale * layer.scale;

@@ -1,6 +1,5 @@
-// Every inline PTX line of the library, each behind a small named wrapper, with the body that the
-// CPU runner executes beside the one that the GPU does. Pointers are generic; a wrapper converts
-// them to the state space it needs.
+// Every inline PTX line of the library, each behind a small named wrapper, with the body that the CPU runner executes
+// beside the one that the GPU does. Pointers are generic; a wrapper converts them to the state space it needs.
 #pragma once
 
 namespace ptx {
@@ -131,8 +130,7 @@ CUPY_LORA_DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
 }
 
 // ---- global loads ------------------------------------------------------------------------------
-// 16 bytes that are read once by this block (weights): kept out of L1. 16-byte aligned, read-only
-// for the whole launch.
+// 16 bytes that are read once by this block (weights): kept out of L1. 16-byte aligned, read-only for the whole launch.
 CUPY_LORA_DEVICE uint4 load_once_16(const void* p) {
 #ifndef CUPY_LORA_SIMT
     uint4 v;
@@ -145,8 +143,7 @@ CUPY_LORA_DEVICE uint4 load_once_16(const void* p) {
 #endif
 }
 
-// One and two ints, where they stand in the program: a plain load may be moved behind a branch that it could
-// have overlapped.
+// One and two ints, where they stand in the program: a plain load may be moved behind a branch it could have overlapped.
 CUPY_LORA_DEVICE int load_int(const void* p) {
 #ifndef CUPY_LORA_SIMT
     int v;
@@ -199,8 +196,7 @@ CUPY_LORA_DEVICE void fence_gpu() {
 }
 
 // ---- asynchronous copies global -> shared -------------------------------------------------------
-// 16 bytes, both addresses 16-byte aligned; zeros are written instead where `valid` is false (and
-// nothing is read).
+// 16 bytes, both addresses 16-byte aligned; zeros are written instead where `valid` is false (and nothing is read).
 CUPY_LORA_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
 #ifndef CUPY_LORA_SIMT
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -247,8 +243,7 @@ CUPY_LORA_DEVICE void copy_async_arrive(u64* barrier) {
 #endif
 }
 
-// A run of bytes by the copy engine (sm_90 on); addresses and size are multiples of 16. The barrier counts the bytes.
-// They are the first to leave L2: read once.
+// A run of bytes by the copy engine (sm_90 on), in multiples of 16, first to leave L2. The barrier counts the bytes.
 CUPY_LORA_DEVICE void copy_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
 #ifndef CUPY_LORA_SIMT
     asm volatile(
@@ -273,9 +268,8 @@ CUPY_LORA_DEVICE void fence_bulk() {
 }
 
 // ---- thread-block clusters (sm_90 on) ----------------------------------------------------------
-// The split barrier. The arrive is relaxed: it orders nothing (the plain form compiles to a full
-// memory barrier ahead of the loads, 0.3 us); barriers initialised before it need
-// mbarrier_init_fence, data goes through store_async.
+// The split barrier. The arrive is relaxed: it orders nothing (the plain form compiles to a full memory barrier ahead of
+// the loads, 0.3 us); barriers initialised before it need mbarrier_init_fence, data goes through store_async.
 CUPY_LORA_DEVICE void cluster_arrive_relaxed() {
 #ifndef CUPY_LORA_SIMT
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -314,13 +308,19 @@ CUPY_LORA_DEVICE void store_async_16(Remote to, uint4 v, Remote barrier) {
 #endif
 }
 
-// The first statement of every kernel: waits until the launch before it is done and its writes are seen, then lets
-// the next start its blocks, which wait here in turn: a launch's start is paid while another runs (_jit.py). sm_90.
-CUPY_LORA_DEVICE void begin_launch() {
+// Launches overlap (_jit.py). begin_launch, the first statement of every kernel, waits until the launch before is done
+// and its writes are seen; start_next lets the next one's blocks start, which wait there in turn. sm_90 on.
+CUPY_LORA_DEVICE void start_next() {
 #if !defined(CUPY_LORA_SIMT) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+CUPY_LORA_DEVICE void begin_launch(bool starts_next = true) {
+#if !defined(CUPY_LORA_SIMT) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    if (starts_next) start_next();
 }
 
 // ---- mbarriers (8 bytes of shared memory, 8-byte aligned) --------------------------------------

@@ -98,5 +98,5 @@ def test_every_kernel_begins_by_waiting_for_the_launch_before() -> None:
             kernels += 1
             first = re.search(r"\) \{\n(?:#.*\n)*\s*(.*)", kernel)
             assert first is not None
-            assert first[1] == "ptx::begin_launch();", f"{path.name}: a kernel that begins with {first[1]!r}"
+            assert first[1].startswith("ptx::begin_launch("), f"{path.name}: a kernel that begins with {first[1]!r}"
     assert kernels > 15
