@@ -143,7 +143,7 @@ CUPY_LORA_DEVICE uint4 load_once_16(const void* p) {
 #endif
 }
 
-// One and two ints, where they stand in the program: a plain load may be moved behind a branch it could have overlapped.
+// One and two ints, where they stand in the program: a plain load may sink below a branch it could have overlapped.
 CUPY_LORA_DEVICE int load_int(const void* p) {
 #ifndef CUPY_LORA_SIMT
     int v;
@@ -268,8 +268,8 @@ CUPY_LORA_DEVICE void fence_bulk() {
 }
 
 // ---- thread-block clusters (sm_90 on) ----------------------------------------------------------
-// The split barrier. The arrive is relaxed: it orders nothing (the plain form compiles to a full memory barrier ahead of
-// the loads, 0.3 us); barriers initialised before it need mbarrier_init_fence, data goes through store_async.
+// The split barrier. The arrive is relaxed: it orders nothing (the plain form is a full memory barrier ahead of the
+// loads, 0.3 us); barriers initialised before it need mbarrier_init_fence, data goes through store_async.
 CUPY_LORA_DEVICE void cluster_arrive_relaxed() {
 #ifndef CUPY_LORA_SIMT
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
