@@ -98,7 +98,8 @@ struct Tree {
 
 // The 16-row operand of a product, from two rows' words. The assembler takes moves into neighbouring registers for
 // free to repeat, and repeats them ahead of every product (more than half of all instructions of a prefill were
-// such moves); it keeps what it had to compute, so a zero that it does not know is added: every block is one row of threads.
+// such moves); it keeps what it had to compute, so a zero that it does not know is added: every block is one row of
+// threads.
 struct Rows16 {
     u32 word[4];
 
@@ -202,8 +203,7 @@ CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&b)[2], const Spli
     }
 }
 
-CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&b)[2], const SplitV<f16>& even,
-                                  const SplitV<f16>& odd) {
+CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&b)[2], const SplitV<f16>& even, const SplitV<f16>& odd) {
     float low[2], high[2];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) unpack2(b[pair], low[pair], high[pair], f16{});

@@ -11,9 +11,9 @@
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
 //   B, y  RingSlot of lora_slots.cuh
-// Shared memory of the block: 128 for four mbarriers | 256 for the table of rows | received of the direct form | shares and v
-// (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and v.
-// `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
+// Shared memory of the block: 128 for four mbarriers | 256 for the table of rows | received of the direct form | shares
+// and v (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and
+// v. `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: those of lora_slots.cuh.
 #pragma once
@@ -271,7 +271,8 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         const int x_at = swizzle_leaf(leaf_warp * kLeafRows + token_warp * S::kGroups * 8 + g, t, kChunks);
         const int a_at = swizzle_leaf(leaf_warp * kLeafRows + kTileRows + rank_warp * S::kBlocks * 16 + g, t, kChunks);
         constexpr int kTurns = S::kLeavesEach / S::kPasses / kUnroll;
-        float* part = parts + (leaf_warp * S::kPasses * kTileRows + token_warp * S::kGroups * 8 + 2 * t) * (S::kRows16 + 4) +
+        float* part = parts +
+                      (leaf_warp * S::kPasses * kTileRows + token_warp * S::kGroups * 8 + 2 * t) * (S::kRows16 + 4) +
                       rank_warp * S::kBlocks * 16 + g;
 #pragma unroll 1
         for (int pass = 0; pass < S::kPasses; ++pass, part += kTileRows * (S::kRows16 + 4)) {

@@ -111,7 +111,6 @@ struct Slot {
             for (int i = 0; i < kPairs; ++i) y[h].set(i, sum[i][h], sum[i][h + 2]);
         }
     }
-
 };
 
 template <int kRank, int kTiles, int kColumns, int kTokens>
