@@ -34,17 +34,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     ring.stages = carve<u8>(shared, STAGES * STAGE_BYTES);
     ring.queries = carve<u8>(shared, STAGES * QUERY_BYTES);
     ring.steps = carve<Step>(shared, STAGES);
+    ring.goals = carve<Goal>(shared, STAGES);
     ring.addresses = carve<u64>(shared, COPY_BULK ? 0 : TILE);
-    ring.full = carve<u64>(shared, 2 * STAGES + 1);
+    ring.full = carve<u64>(shared, 2 * STAGES + 3);
     ring.empty = ring.full + STAGES;
     u64* const crew_barrier = ring.full + 2 * STAGES;
-    u8* const angles = carve<u8>(shared, ROPE ? 16 * ANGLE_BYTES : 0);
+    u8* const angles = carve<u8>(shared, ROPE ? 17 * ANGLE_BYTES : 0);
     u8* const operands = carve<u8>(shared, ROPE ? WARPS * OPERAND_BYTES : 0);
     const Joined joined = {carve<float>(shared, WARPS * ROWS * PART_ROW), carve<Row>(shared, WARPS * ROWS),
                            carve<float>(shared, ROWS * DIM), carve<Row>(shared, 2 * ROWS)};
     Before* const runs = carve<Before>(shared, THREADS);
-    i64* const scratch = carve<i64>(shared, WARPS + 1);
-    i32* const before = carve<i32>(shared, 1);
+    i64* const scratch = carve<i64>(shared, BLOCK_WARPS);
+    Arrivals arrivals(carve<Arrival>(shared, 1), crew_barrier + 1);
 
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (threadIdx.x == 0) {
@@ -53,87 +54,121 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             ptx::mbarrier_init(ring.empty + i, WARPS);
         }
         ptx::mbarrier_init(crew_barrier, WARPS);
+        ptx::mbarrier_init(crew_barrier + 1, 1);
+        ptx::mbarrier_init(crew_barrier + 2, 1);
         ptx::mbarrier_init_fence();
     }
     const Work work = {{kv_ptrs, kv_indptr, last_page_offset, num_ptrs}, batch, window, slots, share};
     const Schedule schedule(work, runs, scratch);
     // The first counters hand out units, the others count the chunks that have arrived.
-    if (warp == WARPS) {
-        produce(ring, schedule, work.cache, q, q_stride, layer, counters);
+    const Partials partials = {partial_acc, partial_rows, counters + TICKETS};
+    if (warp >= WARPS) {
+        if (warp == WARPS) {
+            produce(ring, schedule, work.cache, q, q_stride, layer, counters);
+        } else if (threadIdx.x % 32 == 0) {
+            arrivals.count(partials.arrived);
+        }
         return;
     }
-    const Partials partials = {partial_acc, partial_rows, counters + TICKETS};
-    Crew crew(crew_barrier);
+    const Crew crew(crew_barrier);
 #if ROPE
     fill_angles(angles, frequencies);
     crew.meet();
+    crew.meet_again();
     TurnedQueries queries(frequencies, angles, operands + warp * OPERAND_BYTES);
 #else
     Queries queries;
 #endif
-    Block block;
-    clear(block);
-    i32 joints = 0;  // chunks of the unit that are done
-    for (Turn turn = {0, 0};; turn.next()) {
-        ptx::mbarrier_wait_block(ring.full + turn.slot, turn.parity);
-        const Step step = ring.steps[turn.slot];
-        if (step.tile < 0) break;
-        const Heads heads = heads_of(step.head);
-        const i32 first = step.tile * TILE + warp * 4;  // of the warp's keys
-        const u8* const rows = ring.queries + step.entry * QUERY_BYTES;
-#if ROPE
-        if (step.tile == step.begin + joints * step.chunk_tiles) {
-            queries.begin(step.length - 1 - first);
-        } else {
-            queries.advance();
-        }
-        queries.load(rows, heads.count);
-#else
-        if (step.tile == step.begin) queries.load(rows, heads.count);
-#endif
-        const i32 oldest = WINDOW && step.length > window ? step.length - window : 0;
-        if (first < step.length && first + SPREAD > oldest) {
-            const bool masked = first + SPREAD > step.length || first < oldest;
-            const u8* const keys = ring.stages + turn.slot * STAGE_BYTES;
-            attend(block, queries, keys, keys + SIDE_BYTES, scale, cap, masked, first, oldest, step.length);
-        }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty + turn.slot);
-        const bool last = step.tile + 1 == step.end;
-        if (!last && step.tile + 1 != step.begin + (joints + 1) * step.chunk_tiles) continue;
-
-        join_warps(block, joined, crew, scale, [&](int row, int column, Row chunk, float4 acc) {
-            if (step.chunks == 0) {
-                keep(joined, joints, row, column, chunk, acc);
-            } else if (row < heads.count) {
-                store_partial(partials, static_cast<i64>(step.slot) * (HEADS * GROUP) + heads.first + row, column,
-                              chunk, acc);
-            }
-        });
-        clear(block);
-        ++joints;
-        if (!last) continue;
-        const bool finishes = is_last(step, partials, crew, before);
+    // The output of a unit's heads, from the chunks in the workspace or from what is joined here (chunks: 0).
+    const auto write = [&](i32 sequence, i32 head, i32 first_slot, i32 chunks, i32 joints) {
+        const Heads heads = heads_of(head);
 #pragma unroll 1
-        for (int pass = 0; finishes && pass < VALUE_UNITS; ++pass) {
+        for (int pass = 0; pass < VALUE_UNITS; ++pass) {
             each_quad(pass, [&](int row, int column) {
                 if (row >= heads.count) return;
                 Row state = {minus_infinity(), 0.f};
                 float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
-                if (step.chunks != 0) {
-                    const i64 chunk = static_cast<i64>(step.first_slot) * (HEADS * GROUP) + heads.first + row;
-                    fold_partials(partials, chunk, step.chunks, column, state, acc);
+                if (chunks != 0) {
+                    const i64 chunk = static_cast<i64>(first_slot) * (HEADS * GROUP) + heads.first + row;
+                    fold_partials(partials, chunk, chunks, column, state, acc);
                 } else {
                     state = joined.rows[joints % 2 * ROWS + row];
                     acc = *reinterpret_cast<const float4*>(joined.acc + row * DIM + column);
                 }
-                const i64 index = static_cast<i64>(step.sequence) * (HEADS * GROUP) + heads.first + row;
-                store_quad(out + step.sequence * out_stride + (heads.first + row) * DIM,
+                const i64 index = static_cast<i64>(sequence) * (HEADS * GROUP) + heads.first + row;
+                store_quad(out + sequence * out_stride + (heads.first + row) * DIM,
                            lse == nullptr ? nullptr : lse + index, column, state, acc);
             });
         }
+    };
+    Block block;
+    clear(block);
+    i32 joints = 0;         // chunks of the unit that are done
+    bool counting = false;  // whether a chunk has been posted that is not settled
+    for (Turn turn = {0, 0};; turn.next()) {
+        ptx::mbarrier_wait_block(ring.full + turn.slot, turn.parity);
+        Step step = ring.steps[turn.slot];
+        Goal goal;
+        const bool over = step.tile < 0;
+        bool last = over;
+        if (!over) {
+            const i32 first = step.tile * TILE + warp * 4;  // of the warp's keys
+            const u8* const rows = ring.queries + step.entry * QUERY_BYTES;
+#if ROPE
+            if (step.tile == step.begin + joints * step.chunk_tiles) {
+                queries.begin(step.length - 1 - first);
+            } else {
+                queries.advance();
+            }
+            queries.load(rows, heads_of(step.head).count);
+#else
+            if (step.tile == step.begin) queries.load(rows, heads_of(step.head).count);
+#endif
+            const i32 oldest = WINDOW && step.length > window ? step.length - window : 0;
+            if (first < step.length && first + SPREAD > oldest) {
+                const bool masked = first + SPREAD > step.length || first < oldest;
+                const u8* const keys = ring.stages + turn.slot * STAGE_BYTES;
+                attend(block, queries, keys, keys + SIDE_BYTES, scale, cap, masked, first, oldest, step.length);
+            }
+            __syncwarp();
+            step = ring.steps[turn.slot];  // again: what is not kept takes no registers
+            goal = ring.goals[turn.slot];
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty + turn.slot);
+            last = step.tile + 1 == step.end;
+            if (!last && step.tile + 1 != step.begin + (joints + 1) * step.chunk_tiles) continue;
+        }
+        const Heads heads = heads_of(step.head);
+        const bool finishes = last && counting && arrivals.settled();
+        if (!over) {
+            join_warps(block, joined, crew, scale, [&](int row, int column, Row chunk, float4 acc) {
+                if (goal.chunks == 0) {
+                    keep(joined, joints, row, column, chunk, acc);
+                } else if (row < heads.count) {
+                    store_partial(partials, static_cast<i64>(goal.slot) * (HEADS * GROUP) + heads.first + row, column,
+                                  chunk, acc);
+                }
+            });
+            ++joints;
+            if (!last) {
+                clear(block);
+                continue;
+            }
+        }
+        if (finishes) {
+            const Arrival done = arrivals.arrival();
+            write(done.sequence, done.head, done.first_slot, done.chunks, 0);
+            crew.meet();  // all have read it
+            crew.meet_again();
+        }
+        if (over) break;
+        counting = goal.chunks != 0;
+        if (!counting) write(goal.sequence, step.head, 0, 0, joints);
+        if (counting && threadIdx.x == 0) arrivals.post(step.head, goal);
         joints = 0;
+        clear(block);
     }
+    if (threadIdx.x == 0) arrivals.post_chunks(0);
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)

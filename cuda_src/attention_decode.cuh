@@ -2,11 +2,13 @@
 //
 // Block: WARPS warps multiply (attention_lanes.cuh), one more brings what they multiply (attention_stream.cuh). At the
 // end of a chunk the warps' results are joined in the order of the warps, and added to those of the chunks before, in
-// shared memory or, where chunks are units of their own, through the workspace.
-// Shared memory: of the ring, stages, queries, steps, addresses (without COPY_BULK), barriers [2 STAGES + 1]; with
-// ROPE, angles [16] and each warp's turned queries (attention_turn.cuh); of the warps, parts [WARPS][ROWS][PART_ROW]
-// and rows [WARPS][ROWS][2], of the sequence so far, acc [ROWS][DIM] and rows [2][ROWS][2], all float32; runs
-// [THREADS][2] int32; scan [WARPS + 1] int64; a counter.
+// shared memory or, where chunks are units of their own, through the workspace. A last warp counts those chunks: the
+// fence and the counter take 5 us where memory is busy, in which the others go on with the next unit. They ask whether
+// the chunk was its sequence's last to arrive, and then fold, at that unit's end.
+// Shared memory: of the ring, stages, queries, steps, goals, addresses (without COPY_BULK), barriers [2 STAGES + 3];
+// with ROPE, angles [17] and each warp's turned queries (attention_turn.cuh); of the warps, parts
+// [WARPS][ROWS][PART_ROW] and rows [WARPS][ROWS][2], of the sequence so far, acc [ROWS][DIM] and rows [2][ROWS][2], all
+// float32; runs [THREADS][2] int32; scan [BLOCK_WARPS] int64; an arrival [5] int32.
 #pragma once
 #include "attention_turn.cuh"
 
@@ -22,26 +24,29 @@ struct Partials {
     i32* arrived;  // [slots][UNITS], of a sequence's first slot: chunks that are there; zeros between launches
 };
 
-// The barrier of the warps that multiply. What a thread wrote before it, all of them see after it.
+// The barrier of the warps that multiply. What a thread wrote before it, all of them see after it. They meet in pairs,
+// so that nobody has to remember the parity.
 class Crew {
   public:
     CUPY_LORA_DEVICE explicit Crew(u64* barrier) : barrier_(barrier) {}
-    CUPY_LORA_DEVICE void meet() {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier_);
-        ptx::mbarrier_wait_block(barrier_, parity_);
-        parity_ ^= 1;
-    }
+    CUPY_LORA_DEVICE void meet() const { wait(0); }
+    CUPY_LORA_DEVICE void meet_again() const { wait(1); }
 
   private:
+    CUPY_LORA_DEVICE void wait(u32 parity) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier_);
+        ptx::mbarrier_wait_block(barrier_, parity);
+    }
+
     u64* barrier_;
-    u32 parity_ = 0;
 };
 
 // ---- partial results: four columns of a row at a time ------------------------------------------
 // Thread's share of the columns, the same wherever results are joined: f(row, column).
 template <class F>
 CUPY_LORA_DEVICE void each_quad(int pass, F f) {
+#pragma unroll 1
     for (int e = static_cast<int>(threadIdx.x); e < QUADS; e += 32 * WARPS) {
         f(e / (PASS / 4), pass * PASS + e % (PASS / 4) * 4);
     }
@@ -97,7 +102,7 @@ CUPY_LORA_DEVICE void store_parts(const Block& block, float* parts, int pass) {
 // The warps' shares of a chunk, joined in the order of the warps: take(row, column, result of the row, quad of
 // columns). All warps that multiply; what take leaves for other threads they see on return.
 template <class Take>
-CUPY_LORA_DEVICE void join_warps(const Block& block, const Joined& joined, Crew& crew, float scale, Take take) {
+CUPY_LORA_DEVICE void join_warps(const Block& block, const Joined& joined, const Crew& crew, float scale, Take take) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
@@ -126,7 +131,7 @@ CUPY_LORA_DEVICE void join_warps(const Block& block, const Joined& joined, Crew&
             }
             take(row, column, Row{top, sum}, acc);
         });
-        crew.meet();  // the parts are written again
+        crew.meet_again();  // the parts are written again
     }
 }
 
@@ -183,25 +188,59 @@ CUPY_LORA_DEVICE void store_quad(ELEMENT* out, float* lse, int column, Row row, 
     if (column == 0 && lse != nullptr) *lse = row.sum > 0.f ? (row.top + log2f(row.sum)) * LN2 : minus_infinity();
 }
 
-// ---- the warps that multiply --------------------------------------------------------------------
-struct Output {
-    ELEMENT* out;
-    float* lse;  // may be null
-    i64 stride;
+// ---- chunks that have arrived -------------------------------------------------------------------
+// What is counted: a chunk of a unit. chunks: of the unit's sequence, or 0 where no more will arrive.
+struct Arrival {
+    i32 sequence, head, first_slot, chunks;
+    i32 complete;  // whether it was the last of them
 };
 
-// Writes the output of a unit's heads from the chunks that `step` ends; whether it is this block's to write.
-CUPY_LORA_DEVICE bool is_last(const Step& step, const Partials& partials, Crew& crew, i32* before) {
-    if (step.chunks == 0) return true;
-    i32* const counter = partials.arrived + static_cast<i64>(step.first_slot) * UNITS + step.head;
-    ptx::fence_gpu();
-    crew.meet();
-    if (threadIdx.x == 0) {
-        *before = atomicAdd(counter, 1);
-        ptx::fence_gpu();
+// One arrival at a time: post (one thread, after what it is about was stored and the crew has met), then settled. The
+// last post has no chunks.
+class Arrivals {
+  public:
+    // Two barriers, each of which one thread arrives at.
+    CUPY_LORA_DEVICE Arrivals(Arrival* arrival, u64* barriers) : arrival_(arrival), barriers_(barriers) {}
+
+    CUPY_LORA_DEVICE void post(i32 head, const Goal& goal) const {
+        arrival_->sequence = goal.sequence;
+        arrival_->head = head;
+        arrival_->first_slot = goal.first_slot;
+        post_chunks(goal.chunks);
     }
-    crew.meet();
-    const bool last = *before == step.chunks - 1;
-    if (last && threadIdx.x == 0) *counter = 0;
-    return last;
-}
+    CUPY_LORA_DEVICE void post_chunks(i32 chunks) const {
+        arrival_->chunks = chunks;
+        ptx::mbarrier_arrive(barriers_);
+    }
+
+    // Whether the chunk was the last one; each thread of the crew, once a post with chunks. They meet before the next.
+    CUPY_LORA_DEVICE bool settled() {
+        ptx::mbarrier_wait_block(barriers_ + 1, parity_);
+        parity_ ^= 1;
+        return arrival_->complete != 0;
+    }
+
+    CUPY_LORA_DEVICE const Arrival& arrival() const { return *arrival_; }
+
+    // One thread: counts until there is nothing more. What the chunks' blocks stored before they posted is visible to
+    // those who learn that the last one is there.
+    CUPY_LORA_DEVICE void count(i32* arrived) const {
+        for (u32 parity = 0;; parity ^= 1) {
+            ptx::mbarrier_wait_block(barriers_, parity);
+            const i32 chunks = arrival_->chunks;
+            if (chunks == 0) return;
+            i32* const counter = arrived + arrival_->first_slot * UNITS + arrival_->head;
+            ptx::fence_gpu();
+            const bool complete = atomicAdd(counter, 1) == chunks - 1;
+            ptx::fence_gpu();
+            if (complete) *counter = 0;
+            arrival_->complete = complete;
+            ptx::mbarrier_arrive(barriers_ + 1);
+        }
+    }
+
+  private:
+    Arrival* arrival_;
+    u64* barriers_;
+    u32 parity_ = 0;
+};

@@ -10,7 +10,8 @@
 #pragma once
 #include "attention_cache.cuh"
 
-constexpr int THREADS = 32 * WARPS + 32;
+constexpr int BLOCK_WARPS = WARPS + 2;  // those that multiply, one that copies, one that counts
+constexpr int THREADS = 32 * BLOCK_WARPS;
 constexpr int HEAD_BLOCKS = ceil_div(GROUP, 16);
 constexpr int UNITS = HEADS * HEAD_BLOCKS;  // of a chunk
 
@@ -64,14 +65,14 @@ class Schedule {
         const i32 end = min(begin + each_, work.batch);
         i64 keys = 0;
         for (i32 s = begin; s < end; ++s) keys += keys_of(length_of(work.cache, s));
-        scan<WARPS + 1>(keys, scratch, all_keys_);
+        scan<BLOCK_WARPS>(keys, scratch, all_keys_);
         // Slots in the high half and units in the low one, as if there were slots for all.
         i64 both = 0, all;
         for (i32 s = begin; s < end; ++s) {
             const i32 chunks = wanted(keys_of(length_of(work.cache, s)));
             both += static_cast<i64>(chunks) << 32 | max(chunks, 1);
         }
-        i64 first = scan<WARPS + 1>(both, scratch, all);
+        i64 first = scan<BLOCK_WARPS>(both, scratch, all);
         const i32 slots = static_cast<i32>(first >> 32);
         if (all >> 32 > work.slots) {
             i64 units = 0;
@@ -81,7 +82,7 @@ class Schedule {
                 units += max(fitting(chunks, slot), 1);
                 slot += chunks;
             }
-            first = scan<WARPS + 1>(units, scratch, all);
+            first = scan<BLOCK_WARPS>(units, scratch, all);
         }
         runs[threadIdx.x] = {static_cast<i32>(first), slots};
         numbers_ = static_cast<i64>(static_cast<u32>(all)) * UNITS;
@@ -96,7 +97,7 @@ class Schedule {
         const i32 at = static_cast<i32>(number / UNITS);
         int run = -1;
 #pragma unroll
-        for (int i = 0; i < WARPS + 1; ++i) {
+        for (int i = 0; i < BLOCK_WARPS; ++i) {
             run += __popc(__ballot_sync(0xffffffffu, runs_[i * 32 + lane].units <= at));
         }
         i32 units = runs_[run].units;

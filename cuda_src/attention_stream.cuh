@@ -29,14 +29,19 @@ static_assert(!COPY_BULK || RUNS <= 16, "a run of keys and one of values for eac
 // What the warps that multiply must know of a tile. tile < 0: there is none, nor will be.
 struct alignas(16) Step {
     i32 tile, length, begin, end;
-    i32 chunk_tiles, chunks, slot, first_slot;
-    i32 sequence, head, entry, nothing;  // head: a number % UNITS; entry: where the queries are
+    i32 chunk_tiles, head, entry, nothing;  // head: a number % UNITS; entry: where the queries are
+};
+
+// And at the end of a chunk.
+struct alignas(16) Goal {
+    i32 sequence, chunks, slot, first_slot;
 };
 
 struct Ring {
     u8* stages;      // [STAGES][keys, values] quarters
     u8* queries;     // [STAGES][ROWS][DIM], unit after unit
     Step* steps;     // [STAGES]
+    Goal* goals;     // [STAGES]
     u64* addresses;  // [TILE], without COPY_BULK
     u64* full;       // [STAGES]
     u64* empty;      // [STAGES]
@@ -179,18 +184,10 @@ CUPY_LORA_DEVICE void produce(const Ring& ring, const Schedule& schedule, const 
             tiles.look(ring, tile, first);
             ptx::mbarrier_wait_block(ring.empty + turn.slot, turn.parity);
             if (lane == 0) {
-                ring.steps[turn.slot] = {tile,
-                                         unit.length,
-                                         unit.begin,
-                                         unit.end,
-                                         unit.chunk_tiles,
-                                         unit.chunks,
-                                         unit.slot,
-                                         unit.first_slot,
-                                         unit.sequence,
-                                         static_cast<i32>(number % UNITS),
-                                         entry,
-                                         0};
+                ring.steps[turn.slot] = {
+                    tile, unit.length, unit.begin, unit.end, unit.chunk_tiles, static_cast<i32>(number % UNITS), entry,
+                    0};
+                ring.goals[turn.slot] = {unit.sequence, unit.chunks, unit.slot, unit.first_slot};
             }
             tiles.copy(ring, turn.slot, tile, queries, query, first ? heads.count : 0);
             if (first && lane == 0) ticket = atomicAdd(tickets, 1);

@@ -32,16 +32,20 @@ CUPY_LORA_DEVICE void turn(u32& low, u32& high, float4 angle) {
     high = pack2(b0 * angle.x + a0 * angle.y, b1 * angle.z + a1 * angle.w, ELEMENT{});
 }
 
-// Angles of the keys, for all warps that multiply (together): of key e % 4 of those that a warp takes of quarter e / 4,
-// as lanes read them.
+// Where the angles of a word are in an entry of the table, for the lanes that read them together.
+CUPY_LORA_DEVICE int angle_place(int word) {
+    const int unit = word / UNIT_WORDS;
+    return (unit / 4 * UNIT_WORDS + word % UNIT_WORDS) * 4 + unit % 4;
+}
+
+// Angles of the keys, for all warps that multiply (together): of key e % 4 of those that a warp takes of quarter e / 4.
+// The last entry is what a query turns from tile to tile.
 CUPY_LORA_DEVICE void fill_angles(u8* table, const Turns& frequencies) {
-    for (int at = static_cast<int>(threadIdx.x); at < 16 * QUARTER_WORDS; at += 32 * WARPS) {
+    for (int at = static_cast<int>(threadIdx.x); at < 17 * QUARTER_WORDS; at += 32 * WARPS) {
         const int e = at / QUARTER_WORDS;
         const int word = at % QUARTER_WORDS;
-        const int unit = word / UNIT_WORDS;
-        const int piece = (unit / 4 * UNIT_WORDS + word % UNIT_WORDS) * 4 + unit % 4;
-        reinterpret_cast<float4*>(table + e * ANGLE_BYTES)[piece] =
-            angles_at(frequencies, word, e / 4 * QUARTER + e % 4);
+        reinterpret_cast<float4*>(table + e * ANGLE_BYTES)[angle_place(word)] =
+            angles_at(frequencies, word, e < 16 ? e / 4 * QUARTER + e % 4 : -TILE);
     }
 }
 
@@ -49,10 +53,7 @@ CUPY_LORA_DEVICE void fill_angles(u8* table, const Turns& frequencies) {
 class TurnedQueries {
   public:
     CUPY_LORA_DEVICE TurnedQueries(const Turns& frequencies, const u8* angles, u8* operands)
-        : frequencies_(frequencies), angles_(angles), operands_(reinterpret_cast<u32*>(operands)) {
-#pragma unroll
-        for (int k = 0; k < OWN_WORDS; ++k) step_[k] = angles_at(frequencies, own_word(k), -TILE);
-    }
+        : frequencies_(frequencies), angles_(angles), operands_(reinterpret_cast<u32*>(operands)) {}
 
     // The distance of the query from the warp's first key, exactly; or a tile further.
     CUPY_LORA_DEVICE void begin(i32 distance) {
@@ -61,7 +62,10 @@ class TurnedQueries {
     }
     CUPY_LORA_DEVICE void advance() {
 #pragma unroll
-        for (int k = 0; k < OWN_WORDS; ++k) angle_[k] = added(angle_[k], step_[k]);
+        for (int k = 0; k < OWN_WORDS; ++k) {
+            const float4* const step = reinterpret_cast<const float4*>(angles_ + 16 * ANGLE_BYTES);
+            angle_[k] = added(angle_[k], step[angle_place(own_word(k))]);
+        }
     }
 
     CUPY_LORA_DEVICE void load(const u8* rows, int count) {
@@ -127,5 +131,5 @@ class TurnedQueries {
     const Turns& frequencies_;
     const u8* angles_;
     u32* operands_;
-    float4 angle_[OWN_WORDS], step_[OWN_WORDS];
+    float4 angle_[OWN_WORDS];
 };

@@ -84,11 +84,11 @@ def decode_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) ->
     unit = 4 if dim % 64 == 0 else 2 if dim % 32 == 0 else 1
     ring = (
         *(stages * 2 * (2 * config.tile * dim + (0 if config.bulk else 4 * 32)), stages * rows * 2 * dim, stages * 48),
-        *(0 if config.bulk else config.tile * 8, (2 * stages + 1) * 8),
+        *(0 if config.bulk else config.tile * 8, (2 * stages + 3) * 8),
     )
-    turned = (16 * (4 * dim + (0 if dim % 32 else 64)), warps * dim // 16 * min(rows, 8) * 64) if rope else ()
+    turned = (17 * (4 * dim + (0 if dim % 32 else 64)), warps * dim // 16 * min(rows, 8) * 64) if rope else ()
     joined = (warps * rows * (16 * unit + 4) * 4, warps * rows * 8, rows * dim * 4, 2 * rows * 8)
-    return _aligned(*ring, *turned, *joined, 32 * (warps + 1) * 8, (warps + 1) * 8, 4)
+    return _aligned(*ring, *turned, *joined, 20, 32 * (warps + 2) * 8, (warps + 2) * 8)
 
 
 def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
@@ -111,13 +111,13 @@ def choose_decode(dim: int, group: int, page_size: int, rope: bool, arch: int) -
     for warps in (4, 2, 1) if dim <= 128 else (2, 1):
         bulk = arch >= 90 and math.gcd(page_size, 4 * warps) * dim * 2 >= _BULK_MIN
         best: tuple[tuple[int, int], TileConfig] | None = None
-        for resident in (1, 2, 3):
+        for resident in (1, 2):
             for stages in (2, 3, 4):
                 config = TileConfig(warps, 16 * warps, stages, 1, resident, bulk)
                 size = decode_shared_bytes(dim, group, rope, config)
                 if size > block_limit or resident * (size + _RESERVED) > limit:
                     continue
-                rank = min(resident, 2), resident * (stages - 1)
+                rank = resident, stages
                 if best is None or rank >= best[0]:
                     best = rank, config
         if best is not None:
@@ -173,7 +173,7 @@ def decode_kernel(shape: Shape, arch: int) -> tuple[Kernel, TileConfig]:
     chunks = (("CHUNK_MIN", CHUNK_MIN), ("CHUNK_SPREAD", 8 * units), ("TICKETS", TICKETS))
     own = (("MODE", 0), ("COPY_BULK", int(config.bulk)), *chunks)
     shared = decode_shared_bytes(shape.dim, shape.group, shape.rope, config)
-    threads = 32 * config.warps + 32
+    threads = 32 * config.warps + 64
     return Kernel("attention", "batch_decode", (*own, *_defines(shape, config)), threads, shared), config
 
 

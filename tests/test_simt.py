@@ -9,6 +9,7 @@ from collections.abc import Callable
 import engines
 import numpy as np
 import pytest
+import test_lora_forms
 from simt import runner
 from simt.devices import on_cpu
 from simt.runner import SimtError, alloc, patched
@@ -107,7 +108,10 @@ FAULTS = {
         "norm.cu", ((ROW_SUM, "        float part[WARPS];"),), lambda: rms_norm(2, 4096), "a race"
     ),
     "missing barrier before reuse": Fault(
-        "norm.cu", (("sums + 32 * set", "sums"),), lambda: rms_norm(5, 4096, clusters=1), "a race"
+        "sgmv.cu",
+        (("__syncthreads();  // the next tile's parts", "// the next tile's parts"),),
+        lambda: test_lora_forms.sgmv(16, clusters=1),
+        "a race: this thread writes",
     ),
     "missing barrier before reuse, stages": Fault(
         "attention*.cuh",
@@ -117,7 +121,7 @@ FAULTS = {
     ),
     "wrong wait count, copies": Fault(
         "attention*.cuh",
-        (("copy_async_wait<STAGES - 2>", "copy_async_wait<STAGES - 1>"),),
+        (("copy_async_wait<STAGES - 2 - AHEAD>", "copy_async_wait<STAGES - 1 - AHEAD>"),),
         lambda: attention(40, 300),
         ".",
     ),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import engines
 import numpy as np
 
 from cupy_lora import _jit
+from cupy_lora._plans import Plans
 
 from . import runner
 
@@ -44,10 +46,16 @@ def on_cpu(edge: str = "end", clusters: int | None = None, arch: int = 90, sms: 
     def filled(shape: tuple[int, ...], dtype: np.dtype, device: int, value: int) -> np.ndarray:
         return engine.array(np.full(shape, value, dtype))
 
+    find_kept = Plans.find
+
+    def find(plans: Plans, *arguments: Any) -> Any:
+        return None, None, *find_kept(plans, *arguments)[2:]  # what is kept is for another kind of GPU
+
     with (
         _jit.host_runner(run),
         mock.patch("cupy_lora._arrays.empty", engine.empty),
         mock.patch("cupy_lora._device.filled", filled),
+        mock.patch("cupy_lora._plans.Plans.find", find),
         mock.patch("cupy_lora._jit.device_facts", return_value=facts),
     ):
         yield engine

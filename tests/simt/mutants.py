@@ -98,8 +98,8 @@ EXEMPT: tuple[tuple[str, str, int, str], ...] = (
         1,
         "a tile that is not multiplied",
     ),
-    ("attention_prefill.cuh", "if (tid <= TILE && tile + STAGES < end) address", 1, "an address that is not stored"),
-    ("attention_prefill.cuh", "tile + STAGES <= end) address", 1, "the address of a tile that is not copied"),
+    ("attention_prefill.cuh", "if (tid <= TILE && tile + STAGES < end) page", 1, "an address that is not stored"),
+    ("attention_prefill.cuh", "tile + STAGES <= end) page", 1, "the address of a tile that is not copied"),
     (
         "attention_prefill.cuh",
         "const bool rotates = ROPE && tile + 1 <= end;",
@@ -119,6 +119,7 @@ EXEMPT: tuple[tuple[str, str, int, str], ...] = (
     ("lora_batch.cuh", "start <= tokens; start += kInFlight * kThreads) {", 1, "tokens from `tokens` on are not read"),
     ("lora_batch.cuh", "if (thread <= kPlaced) mine[thread] = slot;", 1, "scan[0], which is written before it is read"),
     ("lora_batch.cuh", "for (int step = 1; step <= 32; step *= 2) {", 1, "no lane is 32 behind another"),
+    ("lora_config.cuh", "i <= rows && chosen < tokens)", 1, "row 0 once more, from the same y: the same bits"),
     ("lora_direct.cuh", "start <= kSteps; start += kStepsAt) {", 1, "steps from kSteps on are not taken"),
     ("lora_direct.cuh", "advance(start + kStepsAt <= kSteps ? kStepsAt", 1, "the two are equal where the bound is met"),
     (
