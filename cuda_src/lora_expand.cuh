@@ -162,7 +162,7 @@ struct ExpandStaged {
         typename S::V v;
         S::split(v, v_quad);
         const typename S::Place place = S::place(g * 2 * kPairs, 0);
-#pragma unroll(kMine <= 4 ? kMine : 1)
+#pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
         for (int unit = 0; unit < kMine; ++unit) {
             if (!kWhole && first + unit * kDeal * kUnit >= width) break;
             ptx::copy_async_wait<kAhead - 1>();

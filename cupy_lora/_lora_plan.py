@@ -292,6 +292,7 @@ def add_lora(
             sm_count=facts.sm_count,
             tiles=tiles,
             aligned=bool(_vectors(x, weights.in_features) and _vectors(y, weights.width)),
+            mixed=len(weights.rank_set) > 1,
         )
     widths = weights.slices
     kernel = _layer_kernel(

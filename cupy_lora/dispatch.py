@@ -152,6 +152,7 @@ def choose_lora(
     sm_count: int = 132,
     tiles: Mapping[int, int] | None = None,
     aligned: bool = True,
+    mixed: bool = False,
 ) -> LoraConfig:
     """The config of a fused layer: a pure function, the same on any machine.
 
@@ -175,6 +176,8 @@ def choose_lora(
         Tiles of each height that the batch has lists for, at most. Default: every row another adapter's.
     aligned : bool
         Whether all rows of x and y are 16-byte aligned.
+    mixed : bool
+        Whether adapters of other ranks are loaded too.
 
     Returns
     -------
@@ -193,7 +196,7 @@ def choose_lora(
     if tiles is None:
         tiles = dict.fromkeys((8, 16), tokens)
     ring = aligned and np.dtype(dtype).itemsize == 2
-    return _choose(rank, tokens, in_features, widths, tiles, ring, DeviceFacts(arch, sm_count))
+    return _choose(rank, tokens, in_features, widths, tiles, ring, mixed, DeviceFacts(arch, sm_count))
 
 
 def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **options: Any) -> str:
@@ -227,17 +230,19 @@ def _choose(
     widths: tuple[int, ...],
     tiles: Mapping[int, int],
     ring: bool,
+    mixed: bool,
     facts: DeviceFacts,
 ) -> LoraConfig:
     slices = len(widths)
     coded = rank in _RING_RANKS
     if ring and coded:
-        config = _choose_ring(rank, tokens, in_features, widths, tiles, facts)
+        config = _choose_ring(rank, tokens, in_features, widths, tiles, mixed, facts)
         if config is not None:
             return config
     clusters = tiles[8] * slices
     if ring and not coded and rank < 32 and facts.arch >= 90 and clusters > 1.7 * facts.sm_count and 16 in tiles:
-        # Two blocks a multiprocessor and tiles of 16 rows, worked off eight by eight: 1.2 to 1.4 times faster.
+        # Two blocks a multiprocessor and tiles of 16 rows, worked off eight by eight: 1.2 to 1.4 times faster, though
+        # long rows spill at the registers that leaves.
         few = tiles[16] * slices <= 1.2 * facts.sm_count
         config = _ring(rank, 16, 4 if few else 2, in_features, facts)
         if config.stages >= 3:
@@ -248,17 +253,25 @@ def _choose(
         config = _ring(rank, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
         if config.stages >= 5:
             return config
-    return _direct(rank, clusters, facts, in_features, full=full)
+    return _direct(rank, clusters, facts, in_features, max(widths), full=full)
 
 
 def _choose_ring(
-    rank: int, tokens: int, in_features: int, widths: tuple[int, ...], tiles: Mapping[int, int], facts: DeviceFacts
+    rank: int,
+    tokens: int,
+    in_features: int,
+    widths: tuple[int, ...],
+    tiles: Mapping[int, int],
+    mixed: bool,
+    facts: DeviceFacts,
 ) -> LoraConfig | None:
     """The ring, where tiles are more than half full and one or two blocks each fill the machine; else None."""
     # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows.
     wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
-    # 64 rows of rank 64 take every register: no room for widths that differ, or for what older parts need.
-    tallest = 32 if rank == 64 and (len(set(widths)) > 1 or facts.arch < 90) else 64
+    # 64 rows of rank 64 take every register: no room for widths that differ, for other ranks' code, or for what older
+    # parts need; those of rank 32 take them for long rows.
+    full = len(set(widths)) > 1 or facts.arch < 90 or mixed if rank == 64 else rank == 32 and in_features > 12288
+    tallest = 32 if full else 64
     share = {
         height: tiles[height] * len(widths) / facts.sm_count
         for height in sorted(tiles)
@@ -303,7 +316,9 @@ def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     return slot, passes * leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
-def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0, *, full: bool = False) -> LoraConfig:
+def _direct(
+    rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0, width: int = 0, *, full: bool = False
+) -> LoraConfig:
     # Measured on 132 multiprocessors: clusters that do not all fit cost a second wave, so the fewer there are, the
     # more blocks share one; a light rank leaves room for several blocks a multiprocessor. Long rows of A take more
     # warps: what one loads at once is bound by its registers.
@@ -318,9 +333,9 @@ def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0, 
             return LoraConfig("direct", 8, 8, 8, 1)
         if share <= 0.4:
             return LoraConfig("direct", 8, 8, 4, 2)
-        if share <= 0.75 and limit > 200 * 1024:
+        if share <= 0.75 and rank < 32 and not long and limit > 200 * 1024:
             return LoraConfig("direct", 8, 2, 16, 2 if light else 1)
-        two = rank < 32 and in_features <= _TWO_BLOCKS_IN and limit > 200 * 1024
+        two = light and in_features <= _TWO_BLOCKS_IN and limit > 200 * 1024
         return LoraConfig("direct", 8, 2, 8, 2 if light else 1, 2 if two else 1)
     if light:
         if share <= 0.4:
@@ -333,7 +348,7 @@ def _direct(rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0, 
             return LoraConfig("direct", 8, 1, 8, 4)
         if share <= 1.5:
             return LoraConfig("direct", 8, 2, 4, 2)
-        return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN else 1)
+        return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN and width <= 8192 else 1)
     if share <= 0.14:
         return LoraConfig("direct", 8, 8, 8, 1)
     if share <= 0.25:
