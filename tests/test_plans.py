@@ -384,3 +384,48 @@ def test_many_threads_make_one_kept_call(gpu: engines.Engine) -> None:
         thread.join()
     for got, expected in zip(outputs, want, strict=True):
         tolerance.assert_same_bits(gpu.numpy(got), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_launches_that_overlap_wait_for_each_other(gpu: engines.Engine, captured: bool) -> None:
+    """Each launch reads what the one before wrote: the schedule, the table of adapters, activations."""
+    import cupy
+
+    rng = np.random.default_rng(3)
+    width, tokens = 1024, 96
+    host = rng.standard_normal((tokens, width)).astype(np.float16)
+    a, b = (rng.standard_normal(shape).astype(np.float16) / 32 for shape in ((2, 16, width), (2, width, 16)))
+    adapters = [(gpu.array(a[i]), gpu.array(b[i])) for i in range(2)]
+    indices = [gpu.array(rng.integers(-1, 2, tokens)) for _ in range(4)]
+    norm = gpu.array(np.ones(width, np.float16))
+    weights = cupy_lora.LoraWeights(width, width, max_adapters=2, dtype="float16", device=gpu.device)
+    batch = cupy_lora.LoraBatch(tokens, max_adapters=2, device=gpu.device)
+    hidden = gpu.array(np.zeros_like(host))
+
+    def steps(x: object, wait: bool) -> None:
+        for i in range(40):
+            for step in (
+                lambda i=i: weights.load(i % 2, *adapters[i // 2 % 2], scale=0.5, copy=False),
+                lambda i=i: batch.update(indices[i % 4]),
+                lambda: cupy_lora.rms_norm(x, norm, 1e-6, hidden),
+                lambda: cupy_lora.add_lora(x, hidden, weights, batch),
+            ):
+                step()
+                if wait:
+                    cupy.cuda.Device().synchronize()
+
+    want, got = gpu.array(host), gpu.array(host)
+    steps(want, wait=True)
+    steps(gpu.array(host), wait=False)
+    if captured:
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            steps(got, wait=False)
+            graph = stream.end_capture()
+        graph.launch(stream)
+        stream.synchronize()
+    else:
+        steps(got, wait=False)
+    tolerance.assert_same_bits(gpu.numpy(got), gpu.numpy(want))
