@@ -226,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         __syncthreads();
         rotate_rows(queries, rows, near, far, first, [&](int row) { return max(position(row), 0); });
         __syncthreads();
-        turner.begin();
+        turner.begin(begin);
     }
     const int warp_first = min(warp * WARP_ROWS, rows - 1);
     const int warp_last = min(warp * WARP_ROWS + WARP_ROWS, rows) - 1;
