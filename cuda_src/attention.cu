@@ -225,8 +225,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         ptx::copy_async_wait<STAGES - 1>();
         __syncthreads();
         rotate_rows(queries, rows, near, far, first, [&](int row) { return max(position(row), 0); });
-        __syncthreads();
-        turner.begin();
+        __syncthreads();  // what is behind the last stage, where the tables may end, is the turner's
+        turner.begin(begin);
     }
     const int warp_first = min(warp * WARP_ROWS, rows - 1);
     const int warp_last = min(warp * WARP_ROWS + WARP_ROWS, rows) - 1;

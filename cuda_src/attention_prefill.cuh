@@ -89,7 +89,7 @@ CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const 
         ptx::copy_async_wait<STAGES - 2 - AHEAD>();
         __syncthreads();  // the tile has landed (and is rotated), everyone has left the stage that is filled next
         const int before = slot == 0 ? STAGES - 1 : slot - 1;
-        const int after = slot == STAGES - 1 ? 0 : slot + 1;
+        const auto after = [&] { return slot == STAGES - 1 ? 0 : slot + 1; };  // no register to keep it
         if (tile + STAGES - 1 < end) copy_tile(staging, before);
         ptx::copy_async_commit();
         // The page table is read an iteration ahead of the copies that need it, behind the arithmetic: nothing may
@@ -98,12 +98,12 @@ CUPY_LORA_DEVICE void for_each_tile(const Keys& keys, int begin, int end, const 
         u64 page = 0;
         if (tid < TILE && tile + STAGES < end) page = page_at(keys, position);
         const bool rotates = ROPE && tile + 1 < end;
-        if (rotates && early) turner.rotate(staging.stages + after * STAGE_BYTES, tile + 1, false);
+        if (rotates && early) turner.rotate(staging.stages + after() * STAGE_BYTES, tile + 1, false);
         u8* const stage = staging.stages + slot * STAGE_BYTES;
         compute(tile, stage, stage + SIDE_BYTES);
-        if (rotates && !early) turner.rotate(staging.stages + after * STAGE_BYTES, tile + 1, false);
+        if (rotates && !early) turner.rotate(staging.stages + after() * STAGE_BYTES, tile + 1, false);
         if (tid < TILE) staging.addresses[slot * TILE + tid] = address_in(keys, page, position);
-        slot = after;
+        slot = after();
     }
 }
 

@@ -28,6 +28,7 @@ static_assert(STAGES >= (ROPE ? 3 : 2), "a tile is multiplied, one rotated and o
 // two and so on, so that threads side by side read pieces side by side.
 // Entry i: the angles at position first + i * step.
 CUPY_LORA_DEVICE void fill_angles(float2* table, int entries, i32 first, i32 step, const Turns& frequencies) {
+#pragma unroll 4
     for (int e = static_cast<int>(threadIdx.x); e < entries * PAIRS; e += THREADS) {
         const int at = e % PAIRS;
         const int pair = at / 2 % LANES * 8 + at / 2 / LANES * 2 + at % 2;
@@ -89,6 +90,7 @@ CUPY_LORA_DEVICE void rotate_piece(u8* row, int unit, const Angles& angles) {
 template <class Position>
 CUPY_LORA_DEVICE void rotate_rows(u8* rows, int count, const float2* near, const float2* far, i32 first_far,
                                   Position position) {
+#pragma unroll 2
     for (int e = static_cast<int>(threadIdx.x); e < count * LANES; e += THREADS) {
         const i32 at = position(e / LANES);
         const int unit = e % LANES;
@@ -105,19 +107,22 @@ class Turner {
     CUPY_LORA_DEVICE Turner(u8* space, const Turns& frequencies)
         : own_(reinterpret_cast<float2*>(space)), step_(own_ + TURNERS * 8), frequencies_(frequencies) {}
 
-    CUPY_LORA_DEVICE void begin() const { fill_angles(step_, 1, ROUND, 0, frequencies_); }
+    // tile: the first one that will be rotated.
+    CUPY_LORA_DEVICE void begin(i32 tile) const {
+        fill_angles(step_, 1, ROUND, 0, frequencies_);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) renew(tile, i);
+    }
 
-    CUPY_LORA_DEVICE void rotate(u8* rows, i32 tile, bool first) const {
+    // fresh: the tile is the first one.
+    CUPY_LORA_DEVICE void rotate(u8* rows, i32 tile, bool fresh) const {
         const int thread = static_cast<int>(threadIdx.x);
         if (TURNERS < THREADS && thread >= TURNERS) return;
         const int unit = thread % LANES;
         const int begin = thread / LANES;
-        if (first || tile % RENEWAL == 0) {
+        if (!fresh && tile % RENEWAL == 0) {
 #pragma unroll 1
-            for (int i = 0; i < 8; ++i) {
-                own_[(i / 2 * TURNERS + thread) * 2 + i % 2] =
-                    angle_at(frequencies_.turns[unit * 8 + i], tile * TILE + begin);
-            }
+            for (int i = 0; i < 8; ++i) renew(tile, i);
         }
         float4* const own = reinterpret_cast<float4*>(own_) + thread;
         Angles angles;
@@ -133,6 +138,14 @@ class Turner {
     }
 
   private:
+    // The angle of a thread's pair i in its first row of a tile.
+    CUPY_LORA_DEVICE void renew(i32 tile, int i) const {
+        const int thread = static_cast<int>(threadIdx.x);
+        if (TURNERS < THREADS && thread >= TURNERS) return;
+        own_[(i / 2 * TURNERS + thread) * 2 + i % 2] =
+            angle_at(frequencies_.turns[thread % LANES * 8 + i], tile * TILE + thread / LANES);
+    }
+
     float2* own_;   // [4][TURNERS][2], of a thread's first row of the next tile
     float2* step_;  // [PAIRS], of ROUND positions
     const Turns& frequencies_;

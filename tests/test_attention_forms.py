@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from simt.devices import on_cpu
-from test_attention import Case, build, call, workspace
+from test_attention import Case, build, call, check, workspace
 
 from cupy_lora import _attention_plan
 
@@ -49,3 +49,11 @@ def test_chunks_of_a_long_sequence(heads: int, keys: int, chunk: int) -> None:
     rows = space[4 * _attention_plan.COUNTERS :].view(np.float32)[: 100 * heads * case.group * 4]
     written = rows.reshape(100, -1).any(axis=1)
     assert written.sum() == -(-keys // chunk)
+
+
+def test_more_sequences_than_threads() -> None:
+    """Each thread of the schedule looks after a run of sequences, empty ones and split ones among them."""
+    lengths = np.random.default_rng(9).integers(0, 30, 700)
+    lengths[[0, 350, 699]] = 600, 0, 900
+    with on_cpu() as engine:
+        check(engine, Case(tuple(lengths.tolist()), None, heads=1, group=2))

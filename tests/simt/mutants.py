@@ -52,6 +52,25 @@ PLACES = 8192  # as in mutants.h
 # would be (from the start of its line to the end of the next, spaces as one), how many places read so, why. Better is
 # a source in which the bound cannot be wrong; what is left is listed here and must not hide what could be.
 EXEMPT: tuple[tuple[str, str, int, str], ...] = (
+    ("attention_turn.cuh", "row <= count ? low : 0u);", 1, "a row that is no query is not stored"),
+    ("attention_turn.cuh", "row <= count ? high : 0u);", 1, "a row that is no query is not stored"),
+    ("attention_schedule.cuh", "length <= 0 ? 0 : keys_of(length);", 1, "no tokens: no keys"),
+    ("attention_schedule.cuh", "length <= 0 ? 0 : wanted(keys);", 1, "no keys ask for no slot"),
+    ("attention_stage.cuh", "if (TURNERS <= THREADS &&", 2, "no thread has the number THREADS"),
+    (
+        "attention_stage.cuh",
+        "e <= count * PIECES; e += THREADS) {",
+        1,
+        "the same thread's copy of a tile overwrites it",
+    ),
+    (
+        "attention_prefill.cuh",
+        "const bool early = tid <= THREADS / 2;",
+        1,
+        "one thread turns its share ahead of its warp",
+    ),
+    ("attention_stream.cuh", "if (open != 0 && tile * TILE <= length_) {", 1, "clears rows of a tile without keys"),
+    ("attention_stream.cuh", "lane < RUNS && rows <= RUN);", 1, "clears no row of a full run"),
     ("attention.cu", "step.length || first <= oldest;", 1, "masks where no key is hidden: no score changes"),
     ("attention.cu", "all_see_to || at <= all_see_from;", 1, "masks where no key is hidden: no score changes"),
     ("attention.cu", "if (unit.count <= 0) return;", 1, "a unit has at least one query; -1 is none"),
