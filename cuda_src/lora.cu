@@ -90,7 +90,6 @@ CUPY_LORA_DEVICE void tile_of(Block& block, const Layer& layer, const Rows& tile
             const Tile eight = tile.eight(first, rows);
             const In* const row = layer.x + eight.row(threadIdx.x % 32 / 4) * layer.x_stride;
             direct_tile<kRank>(block.ex, layer, eight, w, y, row, nullptr);
-            __syncthreads();  // the next rows' parts overwrite these
         }
     }
 #else

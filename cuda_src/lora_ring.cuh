@@ -359,5 +359,4 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         }
     }
     ptx::copy_async_wait<0>();
-    __syncthreads();  // the next tile's copies and parts overwrite this one's
 }
