@@ -406,7 +406,7 @@ def test_launches_that_overlap_wait_for_each_other(gpu: engines.Engine, captured
     def steps(x: object, wait: bool) -> None:
         for i in range(40):
             for step in (
-                lambda i=i: weights.load(i % 2, *adapters[i // 2 % 2], scale=0.5, copy=False),
+                lambda i=i: captured or weights.load(i % 2, *adapters[i // 2 % 2], scale=0.5),
                 lambda i=i: batch.update(indices[i % 4]),
                 lambda: cupy_lora.rms_norm(x, norm, 1e-6, hidden),
                 lambda: cupy_lora.add_lora(x, hidden, weights, batch),
@@ -415,6 +415,8 @@ def test_launches_that_overlap_wait_for_each_other(gpu: engines.Engine, captured
                 if wait:
                     cupy.cuda.Device().synchronize()
 
+    for slot in range(2):
+        weights.load(slot, *adapters[slot], scale=0.5)
     want, got = gpu.array(host), gpu.array(host)
     steps(want, wait=True)
     steps(gpu.array(host), wait=False)
