@@ -2,6 +2,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void halves_from_floats(const float* in, u32* bf16x2, u32* f16x2, float* tf32, i32 n) {
+    ptx::begin_launch();
     const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= n) return;
     bf16x2[i] = ptx::bf16x2_from_floats(in[2 * i], in[2 * i + 1]);
@@ -11,6 +12,7 @@ extern "C" __global__ void halves_from_floats(const float* in, u32* bf16x2, u32*
 }
 
 extern "C" __global__ void floats_from_f16(const u16* in, float* out) {
+    ptx::begin_launch();
     const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
     out[i] = ptx::float_from_f16(in[i]);
 }
@@ -29,11 +31,19 @@ CUPY_LORA_DEVICE void multiply(const u16* a, const u16* b, float* c) {
     rows[0][0] = sum[0], rows[0][1] = sum[1], rows[1][0] = sum[2], rows[1][1] = sum[3];
 }
 
-extern "C" __global__ void mma_bf16(const u16* a, const u16* b, float* c) { multiply<bf16>(a, b, c); }
-extern "C" __global__ void mma_f16(const u16* a, const u16* b, float* c) { multiply<f16>(a, b, c); }
+extern "C" __global__ void mma_bf16(const u16* a, const u16* b, float* c) {
+    ptx::begin_launch();
+    multiply<bf16>(a, b, c);
+}
+
+extern "C" __global__ void mma_f16(const u16* a, const u16* b, float* c) {
+    ptx::begin_launch();
+    multiply<f16>(a, b, c);
+}
 
 // C (16 x 8) += A (16 x 8) B (8 x 8).
 extern "C" __global__ void mma_tf32(const float* a, const float* b, float* c) {
+    ptx::begin_launch();
     const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
     float* const rows[2] = {c + g * 8 + 2 * t, c + (g + 8) * 8 + 2 * t};
     float sum[4] = {rows[0][0], rows[0][1], rows[1][0], rows[1][1]};
@@ -43,6 +53,7 @@ extern "C" __global__ void mma_tf32(const float* a, const float* b, float* c) {
 }
 
 extern "C" __global__ void load_once(const uint4* in, uint4* out) {
+    ptx::begin_launch();
     const u32 i = threadIdx.x;
     out[i] = ptx::load_once_16(in + i);
     uint2 halves[2] = {ptx::load_once_8(reinterpret_cast<const uint2*>(in + 32 + i)),
@@ -52,6 +63,7 @@ extern "C" __global__ void load_once(const uint4* in, uint4* out) {
 
 // in: 32 pairs; out: the pairs, then their first halves.
 extern "C" __global__ void load_ints(const i32* in, i32* out) {
+    ptx::begin_launch();
     const u32 i = threadIdx.x;
     const int2 pair = ptx::load_int2(in + 2 * i);
     out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
@@ -60,6 +72,7 @@ extern "C" __global__ void load_ints(const i32* in, i32* out) {
 
 // A ring of three stages over `steps` rows of blockDim.x vectors; rows from `valid` on come as zeros.
 extern "C" __global__ void copy_async(const uint4* in, uint4* out, i32 steps, i32 valid) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     uint4* const ring = reinterpret_cast<uint4*>(shared);
     const int width = static_cast<int>(blockDim.x), tid = static_cast<int>(threadIdx.x);
@@ -127,17 +140,20 @@ CUPY_LORA_DEVICE void relay(u8* shared, const uint4* in, uint4* out, i32 steps, 
 }
 
 extern "C" __global__ void relay_pieces(const uint4* in, uint4* out, i32 steps, i32 valid) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     relay<false>(shared, in, out, steps, valid);
 }
 
 extern "C" __global__ void powers_of_two(const float* in, float* out) {
+    ptx::begin_launch();
     const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
     out[i] = ptx::exp2_approx(in[i]);
 }
 
 // Four matrices of 8 x 8, row after row, as each lane gets them: straight, then transposed.
 extern "C" __global__ void matrices(const uint4* in, u32* out) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     uint4* const rows = reinterpret_cast<uint4*>(shared);
     const u32 lane = threadIdx.x;
@@ -155,6 +171,7 @@ extern "C" __global__ void matrices(const uint4* in, u32* out) {
 
 // Every block leaves its number in its four; the last to arrive adds them up, whichever it is.
 extern "C" __global__ void last_adds(float* parts, i32* arrived, float* out) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     i32& before = *reinterpret_cast<i32*>(shared);
     if (threadIdx.x == 0) {
@@ -173,6 +190,7 @@ extern "C" __global__ void last_adds(float* parts, i32* arrived, float* out) {
 
 #ifdef BLOCKS  // compute capability 9.0
 extern "C" __global__ void relay_bulk(const uint4* in, uint4* out, i32 steps, i32 valid) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     relay<true>(shared, in, out, steps, valid);
 }
@@ -180,6 +198,7 @@ extern "C" __global__ void relay_bulk(const uint4* in, uint4* out, i32 steps, i3
 // Each block sends its row of `in` to every block of the cluster, `rounds` times over; `out` is, for each
 // block and round, the rows of all blocks as they arrived there.
 extern "C" __global__ void CUPY_LORA_CLUSTER(BLOCKS) exchange(const uint4* in, uint4* out, i32 rounds) {
+    ptx::begin_launch();
     CUPY_LORA_SHARED(shared);
     u64* const barriers = reinterpret_cast<u64*>(shared);
     uint4* const received = reinterpret_cast<uint4*>(shared + 128);  // [2][BLOCKS][width]
@@ -210,3 +229,11 @@ extern "C" __global__ void CUPY_LORA_CLUSTER(BLOCKS) exchange(const uint4* in, u
     }
 }
 #endif
+
+// Reads what the launch before wrote, and lets the next one start first.
+extern "C" __global__ void add_one(int* values, int count) {
+    ptx::begin_launch(false);
+    ptx::start_next();
+    const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i < count) values[i] += 1;
+}

@@ -224,6 +224,13 @@ def test_exchange_through_the_cluster(kernels: engines.Engine, blocks: int, roun
     np.testing.assert_array_equal(kernels.numpy(out), expected)
 
 
+def test_a_launch_waits_for_the_one_before(kernels: engines.Engine) -> None:
+    values = kernels.array(np.arange(1000, dtype=np.int32))
+    for _ in range(50):
+        launch(kernels, "add_one", values, np.int32(1000), grid=8, block=128)
+    np.testing.assert_array_equal(kernels.numpy(values), np.arange(1000) + 50)
+
+
 def test_every_wrapper_is_tested() -> None:
     wrappers = set(re.findall(r"^CUPY_LORA_DEVICE \w+ (\w+)\(", (_paths.cuda_src() / "ptx.cuh").read_text(), re.M))
     wrappers.discard("shared_address")  # only inside the others
