@@ -212,7 +212,10 @@ def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **o
         f"  each by {blocks} of {config.warps} warps",
     ]
     if config.form == "ring":
-        lines.append(f"  the tiles are nearly full and fill the machine: staged through {config.stages} slots")
+        if rank in _RING_RANKS:
+            lines.append(f"  x, A, B and y stream through {config.stages} slots of shared memory")
+        else:
+            lines.append("  eight rows at a time, read in a loop (no code of its own for this rank)")
     else:
         staged = (
             "staged in shared memory" if rank in _RING_RANKS else "read in a loop (no code of its own for this rank)"
