@@ -140,19 +140,22 @@ __attribute__((format(printf, 1, 2))) static std::string text(const char* format
 }
 
 // "block (1, 0, 0) thread 7 @1f3@2a0": the call chain as addresses in the kernel's library, for addr2line.
-// `caller`: of a function that has no frame yet.
-static std::string place(const Fiber& f, void** frame, void* pc = nullptr, void* caller = nullptr) {
+// `top`: where a function that may have no frame yet was called from is the first such address on the stack.
+static std::string place(const Fiber& f, void** frame, void* pc = nullptr, void** top = nullptr) {
     const uint3 b = f.block->index;
     std::string out = text("block (%u, %u, %u) thread %u ", b.x, b.y, b.z, f.tid);
     Dl_info library, info;
     dladdr(reinterpret_cast<void*>(config->thread), &library);
     const auto add = [&](void* address, int back) {
-        if (!dladdr(address, &info) || info.dli_fbase != library.dli_fbase) return;
+        if (!dladdr(address, &info) || info.dli_fbase != library.dli_fbase) return false;
         out += text("@%lx", static_cast<long>(static_cast<char*>(address) - static_cast<char*>(info.dli_fbase) - back));
+        return true;
     };
     if (pc) add(pc, 0);
-    if (caller) add(caller, 1);
     const auto low = reinterpret_cast<void**>(f.stack + PAGE), high = reinterpret_cast<void**>(f.stack + STACK);
+    for (void** word = top; word && word < top + 64 && word < high; ++word) {
+        if (add(*word, 1)) break;
+    }
     for (void** before = low; frame >= before && frame + 1 < high && frame[1];) {  // the chain goes up in this stack
         add(frame[1], 1);
         before = frame + 1, frame = static_cast<void**>(frame[0]);
@@ -191,17 +194,17 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
         if (info->si_addr >= b.end && info->si_addr < b.end + PAGE)
             message += text(" (%ld bytes past the end of shared memory)",
                             static_cast<long>(static_cast<unsigned char*>(info->si_addr) - b.shared - config->shared));
-    void *pc = nullptr, *caller = nullptr, **frame = nullptr;
+    void *pc = nullptr, **frame = nullptr, **top = nullptr;
 #if defined(__x86_64__)
     const auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
     pc = reinterpret_cast<void*>(registers[REG_RIP]), frame = reinterpret_cast<void**>(registers[REG_RBP]);
-    if (signal == SIGVTALRM) caller = *reinterpret_cast<void**>(registers[REG_RSP]);  // it may be on its way to a call
+    if (signal == SIGVTALRM) top = reinterpret_cast<void**>(registers[REG_RSP]);
 #elif defined(__aarch64__)
     const auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext;
     pc = reinterpret_cast<void*>(registers.pc), frame = reinterpret_cast<void**>(registers.regs[29]);
-    if (signal == SIGVTALRM) caller = reinterpret_cast<void*>(registers.regs[30]);
+    if (signal == SIGVTALRM) top = reinterpret_cast<void**>(registers.sp);
 #endif
-    if (current) message += "; " + place(*current, frame, pc, caller);
+    if (current) message += "; " + place(*current, frame, pc, top);
     stop(message);
 }
 
