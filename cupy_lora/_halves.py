@@ -22,7 +22,7 @@ from ._lora_checks import (
     rows,
     stacked,
 )
-from ._plans import Plans
+from ._plans import Kept, Plans
 
 # inputs, weights, output, and then who owns which rows
 Names = tuple[str, ...]
@@ -106,9 +106,7 @@ def shrink(owners: Names, objs: Sequence[Any], hints: tuple[Any, ...], scaling: 
     names = _SHRINK[owners]
     kept, key, pointers, objs, on_torch = _plans.find(names, objs, "shrink", scaling, *hints)
     if kept is not None:
-        if hints and kept.device == CPU:
-            _owners(owners, objs, hints).check_values(objs[0].shape[0], objs[1].shape[0])
-        kept.run(pointers, objs, on_torch)
+        _run_again(kept, owners, pointers, objs, on_torch, hints)
         return
     arrays = views(names, objs)
     x, a, y = arrays[:3]
@@ -141,6 +139,15 @@ def shrink(owners: Names, objs: Sequence[Any], hints: tuple[Any, ...], scaling: 
         _plans.run(key, launch, arrays, on_torch, _APART[owners])
 
 
+def _run_again(
+    kept: Kept, owners: Names, pointers: Sequence[int], objs: Sequence[Any], on_torch: bool, hints: tuple[Any, ...]
+) -> None:
+    """A kept launch; on the host the segments are looked at anew, as their values are not in its key."""
+    if hints and kept.device == CPU:
+        _owners(owners, objs, hints).check_values(objs[0].shape[0], objs[1].shape[0])
+    kept.run(pointers, objs, on_torch)
+
+
 def expand(
     owners: Names,
     objs: Sequence[Any],
@@ -161,9 +168,7 @@ def expand(
     names = _EXPAND[owners]
     kept, key, pointers, objs, on_torch = _plans.find(names, objs, "expand", add_inputs, *hints, *(columns or ()))
     if kept is not None:
-        if hints and kept.device == CPU:
-            _owners(owners, objs, hints).check_values(objs[0].shape[0], objs[1].shape[0])
-        kept.run(pointers, objs, on_torch)
+        _run_again(kept, owners, pointers, objs, on_torch, hints)
         return
     arrays = views(names, objs)
     x, b, y = arrays[:3]

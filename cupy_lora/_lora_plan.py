@@ -10,7 +10,7 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32, INT64, Array
 from ._jit import DeviceFacts, Kernel, Launch
-from .dispatch import LoraConfig, choose_halves, choose_lora, ring_slot_bytes
+from .dispatch import STAGED_RANKS, LoraConfig, choose_halves, choose_lora, ring_slot_bytes
 
 if TYPE_CHECKING:
     from .lora_batch import LoraBatch
@@ -37,7 +37,7 @@ def chunk_of(rank: int) -> int:
 
 def staged_rank(rank: int) -> bool:
     """Whether B is staged in shared memory for this rank: ``slot_rank`` of lora_slots.cuh."""
-    return rank in (8, 16, 32, 64)
+    return rank in STAGED_RANKS
 
 
 def stage_bytes(ranks: tuple[int, ...]) -> int:
