@@ -10,7 +10,7 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32, INT64, Array
 from ._jit import DeviceFacts, Kernel, Launch
-from .dispatch import STAGED_RANKS, LoraConfig, choose_halves, choose_lora, ring_slot_bytes
+from .dispatch import LoraConfig, choose_halves, choose_lora, ring_slot_bytes, staged_rank
 
 if TYPE_CHECKING:
     from .lora_batch import LoraBatch
@@ -33,11 +33,6 @@ Defines = tuple[tuple[str, int | str], ...]
 def chunk_of(rank: int) -> int:
     """Ranks of one exchange: ``chunk_of`` of lora_config.cuh."""
     return 16 if rank <= 16 else min(64, math.ceil(rank / 32) * 32)
-
-
-def staged_rank(rank: int) -> bool:
-    """Whether B is staged in shared memory for this rank: ``slot_rank`` of lora_slots.cuh."""
-    return rank in STAGED_RANKS
 
 
 def stage_bytes(ranks: tuple[int, ...]) -> int:

@@ -212,14 +212,12 @@ def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **o
         f"  each by {blocks} of {config.warps} warps",
     ]
     if config.form == "ring":
-        if rank in STAGED_RANKS:
+        if staged_rank(rank):
             lines.append(f"  x, A, B and y stream through {config.stages} slots of shared memory")
         else:
             lines.append("  eight rows at a time, read in a loop (no code of its own for this rank)")
     else:
-        staged = (
-            "staged in shared memory" if rank in STAGED_RANKS else "read in a loop (no code of its own for this rank)"
-        )
+        staged = "staged in shared memory" if staged_rank(rank) else "read in a loop (no code of its own for this rank)"
         lines.append(f"  x and A go straight to registers; B and y are {staged}")
     if options.get("arch", 90) < 90:
         lines.append("  no clusters before compute capability 9.0")
@@ -237,7 +235,7 @@ def _choose(
     facts: DeviceFacts,
 ) -> LoraConfig:
     slices = len(widths)
-    coded = rank in STAGED_RANKS
+    coded = staged_rank(rank)
     if ring and coded:
         config = _choose_ring(rank, tokens, in_features, widths, tiles, mixed, facts)
         if config is not None:
@@ -292,12 +290,17 @@ def _choose_ring(
     return config if config.stages >= 3 else None
 
 
-STAGED_RANKS: Final = (8, 16, 32, 64)  # with code of their own that stages B and y in shared memory
+_STAGED_RANKS: Final = (8, 16, 32, 64)
+
+
+def staged_rank(rank: int) -> bool:
+    """Whether a rank has code of its own, which stages B and y in shared memory: ``slot_rank`` of lora_slots.cuh."""
+    return rank in _STAGED_RANKS
 
 
 def _ring(rank: int, rows: int, cluster: int, in_features: int, facts: DeviceFacts) -> LoraConfig:
     # Any of the coded ranks may be loaded, and the smaller do not all take smaller slots.
-    sizes = [ring_slot_bytes(rows, r, in_features) for r in STAGED_RANKS if r <= max(rank, 8)]
+    sizes = [ring_slot_bytes(rows, r, in_features) for r in _STAGED_RANKS if r <= max(rank, 8)]
     slot, parts = (max(column) for column in zip(*sizes, strict=True))
     chunk = max(16, rank)
     remote = 2 * (8 * cluster + rows) * chunk * 4 if cluster > 1 else 0
@@ -325,7 +328,7 @@ def _direct(
     # Measured on 132 multiprocessors: clusters that do not all fit cost a second wave, so the fewer there are, the
     # more blocks share one; a light rank leaves room for several blocks a multiprocessor. Long rows of A take more
     # warps: what one loads at once is bound by its registers.
-    light, coded = rank <= 16, rank in STAGED_RANKS
+    light, coded = rank <= 16, staged_rank(rank)
     limit = _shared_limit(facts)
     share = clusters / facts.sm_count
     long = in_features > 6144
