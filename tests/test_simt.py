@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import engines
 import numpy as np
 import pytest
 import test_lora_forms
-from simt import runner
+from simt import build, runner
 from simt.devices import on_cpu
 from simt.runner import SimtError, alloc, patched
 
@@ -291,6 +293,18 @@ def test_launches_that_no_gpu_takes() -> None:
             runner.run(dataclasses.replace(launch, kernel=dataclasses.replace(launch.kernel, **change)))
     with pytest.raises(SimtError, match="CUDA's limits"):
         runner.run(dataclasses.replace(launch, grid=(1, 65536, 1)))
+
+
+def test_a_build_is_named_by_every_source_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_HERE", tmp_path / "simt")
+    shutil.copytree(Path(build.__file__).parent, build._HERE)
+    sources = [build._HERE / "simt.h", *(build._HERE / "engine").iterdir()]
+    names = {build._digest(build._engine_unit(), build._HERE, ())}
+    for path in sources:
+        path.write_text(f"{path.read_text()}// changed\n")
+        names.add(build._digest(build._engine_unit(), build._HERE, ()))
+    assert len(sources) > 5
+    assert len(names) == 1 + len(sources)
 
 
 @pytest.mark.parametrize("edge", ["end", "start"])

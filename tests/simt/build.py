@@ -122,8 +122,8 @@ def _closure(path: Path, folder: Path, seen: dict[Path, bytes]) -> None:
             _closure((base / name.decode()).resolve(), folder, seen)
 
 
-def _library(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Path:
-    """The library of a translation unit, built unless it is in the cache; safe among processes."""
+def _digest(unit: str, folder: Path, options: tuple[str, ...]) -> str:
+    """Names a build by all that goes into it: the compiler, the options and each source that is read."""
     files: dict[Path, bytes] = {}
     for include in re.findall(r'#include "([^"]+)"', unit):
         for base in (folder, _HERE):
@@ -131,7 +131,12 @@ def _library(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Pa
     digest = hashlib.sha256(repr((_compiler(), options, unit)).encode())
     for path in sorted(files, key=lambda p: p.name):
         digest.update(path.name.encode() + b"\0" + files[path] + b"\0")
-    library = cache_folder() / f"{name}-{digest.hexdigest()[:24]}.so"
+    return digest.hexdigest()[:24]
+
+
+def _library(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Path:
+    """The library of a translation unit, built unless it is in the cache; safe among processes."""
+    library = cache_folder() / f"{name}-{_digest(unit, folder, options)}.so"
     if library.exists():
         return library
     scratch = Path(tempfile.mkdtemp(prefix="build_", dir=cache_folder()))
@@ -139,7 +144,7 @@ def _library(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Pa
         source, built = scratch / f"{library.stem}.cpp", scratch / library.name
         compiled = source.with_suffix(".o")
         source.write_text(unit)
-        # Linked without the sanitizer's library: engine.cpp has what it would have.
+        # Linked without the sanitizer's library: the engine has what it would have.
         linked = [option for option in options if option in ("--coverage",)]
         for command in (
             [*_compiler(), *options, f"-I{folder}", "-c", str(source), "-o", str(compiled)],
@@ -155,10 +160,14 @@ def _library(name: str, unit: str, folder: Path, options: tuple[str, ...]) -> Pa
     return library
 
 
+def _engine_unit() -> str:
+    return "".join(f'#include "engine/{part.name}"\n' for part in sorted((_HERE / "engine").glob("*.cpp")))
+
+
 def engine() -> Path:
     """The library that runs the threads of every kernel."""
     options = ("-O0", "-g3") if os.environ.get("CUPY_LORA_SIMT_DEBUG") else ("-O2", "-g1")
-    return _library("engine", '#include "engine.cpp"\n', _HERE, options)
+    return _library("engine", _engine_unit(), _HERE, options)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ and is not run for it; which do is recorded in a run without a change, which mus
 process of its own, forked after collection, so that a wild write or a hang ends nothing else.
 
 Not changed: what is decided when the kernel is compiled (``constexpr``, ``static_assert``, ``#if``), the
-smaller or larger of two values (``a < b ? a : b``), which is the same with ``<=``, and ``EXEMPT``.
+smaller or larger of two values (``a < b ? a : b``), which is the same with ``<=``, and what ``exempt.py`` lists.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import NoReturn
 import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
+from exempt import EXEMPT  # beside this file
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -47,151 +48,6 @@ LAUNCH_SECONDS = 20  # CPU time after which a launch hangs
 JOB_SECONDS = 1800  # after which the tests of a change do
 NONE = 0xFFFFFFFF  # no place is changed
 PLACES = 8192  # as in mutants.h
-
-# Bounds that may be reached without a difference, because the kernel does the same: file, text with the bound as it
-# would be (from the start of its line to the end of the next, spaces as one), how many places read so, why. Better is
-# a source in which the bound cannot be wrong; what is left is listed here and must not hide what could be.
-EXEMPT: tuple[tuple[str, str, int, str], ...] = (
-    ("attention_turn.cuh", "row <= count ? low : 0u);", 1, "a row that is no query is not stored"),
-    ("attention_turn.cuh", "row <= count ? high : 0u);", 1, "a row that is no query is not stored"),
-    ("attention_schedule.cuh", "length <= 0 ? 0 : keys_of(length);", 1, "no tokens: no keys"),
-    ("attention_schedule.cuh", "length <= 0 ? 0 : wanted(keys);", 1, "no keys ask for no slot"),
-    ("attention_stage.cuh", "if (TURNERS <= THREADS &&", 2, "no thread has the number THREADS"),
-    (
-        "attention_stage.cuh",
-        "e <= count * PIECES; e += THREADS) {",
-        1,
-        "the same thread's copy of a tile overwrites it",
-    ),
-    (
-        "attention_prefill.cuh",
-        "const bool early = tid <= THREADS / 2;",
-        1,
-        "one thread turns its share ahead of its warp",
-    ),
-    ("attention_stream.cuh", "if (open != 0 && tile * TILE <= length_) {", 1, "clears rows of a tile without keys"),
-    ("attention_stream.cuh", "lane < RUNS && rows <= RUN);", 1, "clears no row of a full run"),
-    ("attention.cu", "step.length || first <= oldest;", 1, "masks where no key is hidden: no score changes"),
-    ("attention.cu", "all_see_to || at <= all_see_from;", 1, "masks where no key is hidden: no score changes"),
-    ("attention.cu", "if (unit.count <= 0) return;", 1, "a unit has at least one query; -1 is none"),
-    ("attention.cu", "if (ROPE && begin <= end) {", 1, "without tiles, turned queries meet no key"),
-    (
-        "attention_cache.cuh",
-        "for (int distance = 1; distance <= 32; distance *= 2) {",
-        1,
-        "no lane is 32 behind another",
-    ),
-    (
-        "attention_schedule.cuh",
-        "for (int distance = 1; distance <= 32; distance *= 2) {",
-        1,
-        "no lane is 32 behind another",
-    ),
-    (
-        "attention_decode.cuh",
-        "for (int h = 0; h <= HALVES; ++h) { #pragma unroll",
-        1,
-        "rows of a further half are past ROWS: skipped",
-    ),
-    ("attention_decode.cuh", "for (i32 c = 0; c <= count; c += FETCH) {", 1, "a batch from `count` on folds nothing"),
-    ("attention_lanes.cuh", "= row <= count ? unit.word[j] : 0u;", 1, "a row that is no query is not stored"),
-    ("attention_prefill.cuh", "if (ROPE && begin <= end) {", 1, "rotates a tile that is not multiplied"),
-    ("attention_prefill.cuh", "stop <= start ||", 1, "no queries: stop - start is 0"),
-    ("attention_prefill.cuh", "= begin + i <= end ? key_address(", 1, "the address of a tile that is not copied"),
-    (
-        "attention_prefill.cuh",
-        "for (int i = 0; i <= STAGES - 1; ++i) { if (begin",
-        1,
-        "one tile is copied twice, to the same stage",
-    ),
-    ("attention_prefill.cuh", "if (begin + i <= end) copy_tile(staging, i);", 1, "a tile that is not multiplied"),
-    (
-        "attention_prefill.cuh",
-        "for (int tile = begin; tile <= end; ++tile) {",
-        1,
-        "no row sees a key of tile `end`: skipped",
-    ),
-    (
-        "attention_prefill.cuh",
-        "if (tile + STAGES - 1 <= end) copy_tile(staging, before);",
-        1,
-        "a tile that is not multiplied",
-    ),
-    ("attention_prefill.cuh", "if (tid <= TILE && tile + STAGES < end) page", 1, "an address that is not stored"),
-    ("attention_prefill.cuh", "tile + STAGES <= end) page", 1, "the address of a tile that is not copied"),
-    (
-        "attention_prefill.cuh",
-        "const bool rotates = ROPE && tile + 1 <= end;",
-        1,
-        "rotates a tile that is not multiplied",
-    ),
-    ("lora.cu", "for (int s = 1; s <= kSlices; ++s) {", 1, "no slice has the number kSlices"),
-    ("lora_batch.cuh", "const bool places = thread <= kPlaced &&", 1, "the next block's first token, to its own place"),
-    (
-        "lora_batch.cuh",
-        "s <= 2 * slots; s += kThreads) count[s] = 0;",
-        1,
-        "base[0], which is written before it is read",
-    ),
-    ("lora_batch.cuh", "start <= stop) {", 1, "adds an empty segment"),
-    ("lora_batch.cuh", "if (start <= first) atomicAdd(before", 1, "adds 0"),
-    ("lora_batch.cuh", "start <= tokens; start += kInFlight * kThreads) {", 1, "tokens from `tokens` on are not read"),
-    ("lora_batch.cuh", "if (thread <= kPlaced) mine[thread] = slot;", 1, "scan[0], which is written before it is read"),
-    ("lora_batch.cuh", "for (int step = 1; step <= 32; step *= 2) {", 1, "no lane is 32 behind another"),
-    ("lora_config.cuh", "i <= rows && chosen < tokens)", 1, "row 0 once more, from the same y: the same bits"),
-    ("lora_direct.cuh", "start <= kSteps; start += kStepsAt) {", 1, "steps from kSteps on are not taken"),
-    ("lora_direct.cuh", "advance(start + kStepsAt <= kSteps ? kStepsAt", 1, "the two are equal where the bound is met"),
-    (
-        "lora_expand.cuh",
-        "for (int j = 0; j <= S::kYChunks / 4; ++j) { const int row",
-        1,
-        "row 8 and on: not below `rows`",
-    ),
-    ("lora_expand.cuh", "row <= rows && (kWhole", 1, "a row of y that is safe to read and not written"),
-    ("lora_expand.cuh", "first <= rank + run * t; first += 4 * run) {", 1, "ranks from `rank` on count as zeros"),
-    ("lora_expand.cuh", "part[i] = 4 * s + i <= run &&", 1, "times a zero: B has no more than `run` ranks here"),
-    (
-        "lora_exchange.cuh",
-        "for (int i = 0; i <= count; ++i) ptx::mbarrier_init(",
-        1,
-        "one barrier more, in room kept for 16",
-    ),
-    ("lora_exchange.cuh", "first <= 8 * kWidth / 4; first += kThreads) {", 1, "token 8 and on: not below `rows`"),
-    (
-        "lora_exchange.cuh",
-        "first <= kQuads * kCluster; first += kThreads) {",
-        1,
-        "peer kCluster and on: not below kCluster",
-    ),
-    ("lora_halves.cuh", "at + 1 <= kRank ?", 1, "`at` and kRank are multiples of 4"),
-    ("lora_halves.cuh", "at + 2 <= kRank ?", 1, "`at` and kRank are multiples of 4"),
-    ("lora_halves.cuh", "at + 3 <= kRank ?", 1, "`at` and kRank are multiples of 4"),
-    ("lora_math.cuh", "for (int bit = 0; bit <= kLevels; ++bit) {", 1, "a leaf's number has kLevels bits"),
-    ("lora_ring.cuh", "row <= tile.rows)) wanted", 1, "a row of x whose products are not written"),
-    ("lora_ring.cuh", "y_row + j * kThreads / kYChunks <= tile.rows &&", 1, "a row of y that is not written"),
-    ("metadata.cu", "i <= base + CHUNK; i += BLOCK) to[i]", 1, "an element of the next chunk, to its own place"),
-    ("metadata.cu", "* CHUNK) <= n;) {", 1, "elements from n on are not copied"),
-    ("metadata.cu", "if (n <= 0) n = 0;", 1, "0 stays 0"),
-    ("metadata.cu", "} while (at <= n);", 1, "a round without an element"),
-    (
-        "metadata.cu",
-        "for (int k = 0; k <= ITEMS; ++k) {",
-        3,
-        "item ITEMS is not below `left`, which is at most ROW_CHUNK",
-    ),
-    ("metadata.cu", "length <= 0 ? -length : 0;", 1, "-0 is 0"),
-    ("norm.cu", "for (int i = 0; i <= PER_VEC; ++i) { if (i < n) {", 3, "n is at most PER_VEC"),
-    ("norm.cu", "for (int first = BEGIN; first <= END; first += 4) {", 1, "vectors from END on are not taken"),
-    ("norm.cu", "for (int span = 1; span <= WARPS; span *= 2) {", 1, "no part is WARPS behind another"),
-    ("paged_kv.cu", "while (left + (begin + left <= batch) > 32) {", 1, "one step more, which finds the same"),
-    (
-        "paged_kv.cu",
-        "begin + lane <= batch && end <= token;",
-        1,
-        "counts the last sequence twice: the token is behind all",
-    ),
-    ("paged_kv.cu", "(owner <= 32);", 1, "owner 32: lane 0 answers, whose sequence ends before the token"),
-)
 
 
 @dataclass(frozen=True)
@@ -285,14 +141,16 @@ def all_mutants() -> list[Mutant]:
 
 
 def exempt(mutants: list[Mutant]) -> tuple[set[int], list[str]]:
-    """The numbers of the changes of ``EXEMPT``, and what is wrong with its entries."""
+    """The numbers of the changes that ``exempt.py`` lists, and what is wrong with its entries."""
     numbers: set[int] = set()
     wrong = []
-    for file, changed, count, _ in EXEMPT:
-        places = {i for i, m in enumerate(mutants) if m.file == file and changed in m.changed and m.kind == KINDS[1]}
-        if len(places) != count:
-            wrong.append(f"EXEMPT: expected {count} bounds of {file} that would read {changed!r}, got {len(places)}")
-        numbers |= places
+    for file, bounds in EXEMPT.items():
+        of_file = [i for i, m in enumerate(mutants) if m.file == file and m.kind == KINDS[1]]
+        for changed, count, _ in bounds:
+            places = {i for i in of_file if changed in mutants[i].changed}
+            if len(places) != count:
+                wrong.append(f"exempt.py: expected {count} bounds of {file} that read {changed!r}, got {len(places)}")
+            numbers |= places
     return numbers, wrong
 
 
@@ -501,7 +359,7 @@ def main() -> int:
         print(trial.problem or f"pytest ended with {status}")
         return 2
     least = show(trial.console, mutants, trial.red)
-    print(f"{len(left_out)} bounds of EXEMPT were not tried")
+    print(f"{len(left_out)} bounds of exempt.py were not tried")
     return 2 if wrong else 0 if least >= REQUIRED else 1
 
 

@@ -1,4 +1,4 @@
-"""Run a launch plan over host memory (``engine.cpp`` says how).
+"""Run a launch plan over host memory (``engine/launch.cpp`` says how).
 
 Use it as ``with _jit.host_runner(runner.run): op(alloc(x), ...)``. Every launch runs in ascending and
 in descending thread order; where the kernel copies or stores asynchronously, with those done as late
@@ -35,7 +35,7 @@ class SimtError(RuntimeError):
 
 
 class _Config(ctypes.Structure):
-    """``simt::Config`` of engine.cpp."""
+    """``simt::Config`` of engine/engine.h."""
 
     _fields_ = (
         ("thread", ctypes.c_void_p),
@@ -175,7 +175,7 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Mode:
-    """How one run differs from the others: see engine.cpp."""
+    """How one run differs from the others: see engine/launch.cpp."""
 
     descending: bool = False
     early: bool = False

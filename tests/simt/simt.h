@@ -1,6 +1,6 @@
 // What a kernel source sees instead of CUDA when it is compiled for the CPU (CUPY_LORA_SIMT): the
-// built-in functions and variables, and the CPU bodies that cuda_src/ptx.cuh calls. engine.cpp has
-// the threads, blocks and clusters behind them.
+// built-in functions and variables, and the CPU bodies that cuda_src/ptx.cuh calls. The engine (engine/)
+// has the threads, blocks and clusters behind them.
 #pragma once
 
 #include <vector_functions.h>
