@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from cupy_lora import _arrays, _device, _jit
 
@@ -134,3 +136,21 @@ def frame(engine: Engine, host: np.ndarray, left: int = 0, right: int = 0) -> Fr
     poisoned[inside] = host
     base = engine.array(poisoned)
     return Frame(base[inside], base, poisoned, inside)
+
+
+def assert_refused(
+    engine: Engine, call: Callable[[], object], error: type[Exception], message: str, output: Any = None
+) -> None:
+    """The call raises exactly this error, whose message has this form and says what was expected and what came.
+
+    ``output``, where it is an array, keeps its bytes.
+    """
+    before = engine.numpy(output) if hasattr(output, "dtype") else None
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    text = str(caught.value)
+    assert re.search(message, text), text
+    assert re.match(r"\w+(\[\d+\])?: expected .*, got ", text), text
+    if before is not None:
+        assert engine.numpy(output).tobytes() == before.tobytes()

@@ -1,6 +1,8 @@
-"""LoraBatch: the tiles that every engine builds, against the indices they came from."""
+"""LoraBatch: the tiles that every engine builds, against the indices they came from; bad input."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import cases
 import engines
@@ -191,3 +193,84 @@ def test_more_adapters_than_a_block_can_count() -> None:
     LoraBatch(1024, max_adapters=4096, device="cpu").prepare()
     with pytest.raises(ValueError, match="max_adapters: expected at most about 4224 on a GPU, got 5000"):
         LoraBatch(1024, max_adapters=5000, device="cpu").prepare()
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"max_tokens": 0}, ValueError, "max_tokens: expected an integer in 1 .. 2147483647, got 0"),
+        ({"max_tokens": 2.5}, TypeError, "max_tokens: expected an integer, got float"),
+        ({"max_adapters": -1}, ValueError, "max_adapters: expected an integer in 1 .. 2147483647, got -1"),
+        ({"device": "gpu"}, ValueError, "device: expected None, 'cpu' or the number of a GPU, got 'gpu'"),
+    ],
+)
+def test_batch_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    args = {"max_tokens": 4, "max_adapters": 2, "device": "cpu"} | change
+    with pytest.raises(error, match=message):
+        LoraBatch(args.pop("max_tokens"), **args)
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        (np.zeros(5, np.int32), ValueError, r"indices: expected at most 4 rows \(max_tokens of the batch\), got 5"),
+        (np.zeros(4, np.float32), TypeError, "indices: expected dtype int32 or int64, got float32"),
+        (np.zeros(4, np.uint8), TypeError, "indices: expected dtype int32 or int64, got uint8"),
+        (np.zeros((2, 2), np.int32), ValueError, r"indices: expected shape \(n\), got \(2, 2\)"),
+        (np.zeros(8, np.int32)[::2], ValueError, "indices: expected a C-contiguous array"),
+        ([0, 1], TypeError, "indices: expected an array .*, got list"),
+    ],
+)
+def test_update_arguments(engine: engines.Engine, indices: Any, error: type[Exception], message: str) -> None:
+    batch = LoraBatch(4, max_adapters=2, device=engine.device)
+    batch.update(engine.array(np.array([1, 0], np.int32)))
+    before = engine.numpy(batch.indices).tobytes()
+    with pytest.raises(error, match=message):
+        batch.update(indices)
+    assert batch.num_tokens == 2
+    assert engine.numpy(batch.indices).tobytes() == before
+
+
+@pytest.mark.parametrize(
+    ("indptr", "slots", "options", "error", "message"),
+    [
+        ([0, 2, 5], [0, 1], {}, ValueError, r"indptr: expected at most 4 rows \(max_tokens of the batch\), got 5"),
+        ([0, 2, 1], [0, 1], {}, ValueError, "indptr: expected entries that do not decrease, got 2 then 1 at 1"),
+        ([-1, 2, 3], [0, 1], {}, ValueError, "indptr: expected a first entry of at least 0, got -1"),
+        ([0, 2], [0, 1], {}, ValueError, r"indptr: expected one entry more than slots \(3\), got 2"),
+        ([0, 0, 0, 0, 0, 1], [0] * 5, {}, ValueError, r"slots: expected at most 4 segments \(max_tokens\), got 5"),
+        ([0, 2, 3], [0.0, 1.0], {}, TypeError, "slots: expected dtype int32 or int64, got float64"),
+        ([0.0, 2.0, 3.0], [0, 1], {}, TypeError, "indptr: expected dtype int32 or int64, got float64"),
+        ([0, 2, 3], [0, 1], {"num_tokens": 2}, ValueError, r"indptr: expected at most num_tokens \(2\) rows, got 3"),
+        ([0, 2, 3], [0, 1], {"num_tokens": 5}, ValueError, "num_tokens: expected an integer in 0 .. 4, got 5"),
+    ],
+)
+def test_update_segments_arguments(
+    engine: engines.Engine,
+    indptr: list[Any],
+    slots: list[Any],
+    options: dict[str, int],
+    error: type[Exception],
+    message: str,
+) -> None:
+    batch = LoraBatch(4, max_adapters=2, device=engine.device)
+    batch.update(engine.array(np.array([1, 0], np.int32)))
+    with pytest.raises(error, match=message):
+        batch.update_segments(np.array(indptr), np.array(slots), **options)
+    assert batch.num_tokens == 2
+
+
+@pytest.mark.gpu
+def test_update_on_the_wrong_side(gpu: engines.Engine) -> None:
+    on_host = LoraBatch(4, max_adapters=2, device="cpu")
+    with pytest.raises(ValueError, match=r"indices: expected an array on the same device as batch \(the host\)"):
+        on_host.update(gpu.array(np.zeros(4, np.int32)))
+    batch = LoraBatch(4, max_adapters=2, device=0)
+    indptr, slots = np.array([0, 2, 3]), np.array([0, 1])
+    with pytest.raises(ValueError, match="slots: expected an array on the same device as indptr"):
+        batch.update_segments(gpu.array(indptr), slots)
+    with pytest.raises(ValueError, match="num_tokens: expected the number of rows"):
+        batch.update_segments(gpu.array(indptr), gpu.array(slots))

@@ -1,6 +1,8 @@
-"""LoraWeights: what load and unload put where, in memory of the right size, in time."""
+"""LoraWeights: what load and unload put where, in memory of the right size, in time; bad input."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import cases
 import engines
@@ -281,3 +283,79 @@ def test_load_is_refused_during_capture(gpu: engines.Engine) -> None:
         finally:
             stream.end_capture()
     assert weights.ranks == (8,)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dtype": "float32"}, TypeError, "dtype: expected float16 or bfloat16, got float32"),
+        ({"dtype": "half-ish"}, TypeError, "dtype: expected float16 or bfloat16, got 'half-ish'"),
+        ({"in_features": 0}, ValueError, "in_features: expected an integer of at least 1, got 0"),
+        ({"in_features": 8.0}, TypeError, "in_features: expected an integer, got float"),
+        ({"out_features": (8, 0)}, ValueError, r"out_features\[1\]: expected an integer of at least 1, got 0"),
+        ({"out_features": ()}, ValueError, "out_features: expected at least one slice, got none"),
+        ({"max_adapters": 0}, ValueError, "max_adapters: expected an integer of at least 1, got 0"),
+        ({"device": "cuda"}, ValueError, "device: expected None, 'cpu' or the number of a GPU, got 'cuda'"),
+        ({"device": 1.0}, TypeError, "device: expected an integer, got float"),
+        ({"device": 99}, ValueError, "device: expected .*, got 99"),
+    ],
+)
+def test_weights_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    args = {"in_features": 8, "out_features": 8, "max_adapters": 2, "dtype": "float16", "device": "cpu"} | change
+    with pytest.raises(error, match=message):
+        LoraWeights(args.pop("in_features"), args.pop("out_features"), **args)
+
+
+def half(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"slot": 3}, ValueError, "slot: expected an integer in 0 .. 2, got 3"),
+        ({"slot": -1}, ValueError, "slot: expected an integer in 0 .. 2, got -1"),
+        ({"slot": 1.0}, TypeError, "slot: expected an integer, got float"),
+        ({"a": half(4, 31)}, ValueError, r"a: expected shape \(rank, 32\), got \(4, 31\)"),
+        ({"a": half(4)}, ValueError, r"a: expected shape \(rank, 32\), got \(4,\)"),
+        ({"b": half(16, 5)}, ValueError, r"b: expected shape \(16, 4\), got \(16, 5\)"),
+        ({"b": half(15, 4)}, ValueError, r"b: expected shape \(16, 4\), got \(15, 4\)"),
+        ({"a": half(0, 32), "b": half(16, 0)}, ValueError, "a: expected a rank of 1 to 1024, got 0"),
+        ({"a": half(1025, 32), "b": half(16, 1025)}, ValueError, "a: expected a rank of 1 to 1024, got 1025"),
+        ({"a": np.ones((4, 32), np.int32)}, TypeError, "a: expected dtype .*, got int32"),
+        ({"a": 1.0}, TypeError, "a: expected an array .*, got float"),
+        ({"a": [half(4, 32), half(4, 32)]}, ValueError, r"a: expected one array \(or None\) per slice \(1\), got 2"),
+        ({"a": [None]}, ValueError, r"a\[0\]: expected an array, as b\[0\] is one, got None"),
+        ({"b": [None]}, ValueError, r"b\[0\]: expected an array, as a\[0\] is one, got None"),
+        ({"scale": "1"}, TypeError, "scale: expected a real number, got str"),
+        ({"scale": [1.0, 2.0]}, ValueError, r"scale: expected one per slice \(1\), got 2"),
+        ({"a": np.ones((4, 32), np.float32), "copy": False}, TypeError, "a: expected dtype float16, got float32"),
+        ({"a": half(32, 4).T, "copy": False}, ValueError, "a: expected a C-contiguous array"),
+        ({"b": half(17, 4).reshape(-1)[1:65].reshape(16, 4), "copy": False}, ValueError, "b: expected memory aligned"),
+    ],
+)
+def test_load_arguments(engine: engines.Engine, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    weights = LoraWeights(32, 16, max_adapters=3, dtype="float16", device=engine.device)
+    weights.load(1, half(4, 32), half(16, 4))
+    before = engine.numpy(weights.table).tobytes()
+    args = {"slot": 1, "a": half(4, 32), "b": half(16, 4)} | change
+    if engine.name == "gpu" and args.get("copy") is False:
+        args = {key: engine.array(value) if isinstance(value, np.ndarray) else value for key, value in args.items()}
+        if not change.keys() & {"b"} and "C-contiguous" in message:
+            args["a"] = args["a"].T.copy().T
+        if "aligned" in message:
+            args["b"] = engine.array(half(17, 4)).reshape(-1)[1:65].reshape(16, 4)
+    with pytest.raises(error, match=message):
+        weights.load(args.pop("slot"), args.pop("a"), args.pop("b"), **args)
+    assert engine.numpy(weights.table).tobytes() == before
+    assert weights.ranks == (0, 4, 0)
+
+
+@pytest.mark.parametrize(("slot", "error"), [(3, ValueError), (-1, ValueError), ("0", TypeError), (None, TypeError)])
+def test_unload_arguments(slot: Any, error: type[Exception]) -> None:
+    weights = LoraWeights(32, 16, max_adapters=3, dtype="float16", device="cpu")
+    with pytest.raises(error, match="slot: expected an integer"):
+        weights.unload(slot)
