@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import engines
 import hypothesis
 import pytest
 
 from cupy_lora import _env
+from cupy_lora._demo_model import ADAPTERS
 
 # JAX takes three quarters of the GPU's memory at its first use otherwise, from every test process.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -58,3 +61,9 @@ def gpu() -> Iterator[engines.Engine]:
     """The GPU; only for tests marked ``gpu``."""
     with engines.running("gpu") as active:
         yield active
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A folder with a PEFT adapter of rank 4 over all modules, to be damaged."""
+    return shutil.copytree(ADAPTERS / "rank4-fp32", tmp_path / "adapter")
