@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import engines
 import ml_dtypes
 import numpy as np
 import tolerance
+from hypothesis import strategies as st
 
 from cupy_lora import LoraBatch, LoraWeights
 from cupy_lora.lora_weights import Part
@@ -318,3 +320,46 @@ def segments(indices: np.ndarray, dtype: str = "int64") -> tuple[np.ndarray, np.
         lengths = np.insert(lengths, 1, 0)
         slots = np.insert(slots, 1, 0)
     return starts.astype(dtype), lengths.astype(dtype), slots.astype(dtype)
+
+
+def draw_stacked(data: st.DataObject) -> Stacked:
+    dtype = data.draw(st.sampled_from(("float16", "bfloat16")), "dtype")
+    return Stacked(
+        tokens=data.draw(st.integers(0, 70), "tokens"),
+        wide=data.draw(st.one_of(st.integers(1, 300), st.sampled_from((512, 1024, 2048))), "wide"),
+        rank=data.draw(st.integers(1, 256), "rank"),
+        adapters=data.draw(st.integers(1, 9), "adapters"),
+        pattern=data.draw(st.sampled_from(PATTERNS), "pattern"),
+        dtype=dtype,
+        other=data.draw(st.sampled_from((dtype, "float32")), "other"),
+        pad=data.draw(st.sampled_from(((0, 0), (8, 8), (1, 0), (0, 3))), "pad"),
+        layers=data.draw(st.booleans(), "layers"),
+        index=data.draw(st.sampled_from(("int32", "int64")), "index"),
+    )
+
+
+Exact = Callable[[Callable[[np.ndarray], np.ndarray], np.ndarray], object]  # run(sign, out): of sign(inputs), by NumPy
+
+
+def assert_shrunk(case: Stacked, y: np.ndarray, indices: np.ndarray, run: Exact) -> None:
+    """``y`` is what ``run(sign, out)`` computes; zeros where there is no adapter."""
+    exact, magnitude = np.zeros(y.shape), np.zeros(y.shape)
+    run(np.asarray, exact)
+    run(np.abs, magnitude)
+    tolerance.assert_close(y, exact, np.abs(magnitude), case.wide)
+    assert not y[~valid(indices, case.adapters)].any()
+
+
+def assert_expanded(
+    case: Stacked, y: np.ndarray, before: np.ndarray, indices: np.ndarray, left: int, run: Exact
+) -> None:
+    """What ``run(sign, out)`` computes stands in the columns from ``left`` on; everything else has the bits it had."""
+    bare, inside = ~valid(indices, case.adapters), slice(left, left + case.wide)
+    tolerance.assert_same_bits(y[bare], before[bare], "rows without an adapter")
+    tolerance.assert_same_bits(y[:, :left], before[:, :left], "columns ahead of the slice")
+    tolerance.assert_same_bits(y[:, inside.stop :], before[:, inside.stop :], "columns after the slice")
+    exact = before[:, inside].astype(np.float64)
+    magnitude = np.abs(exact)
+    run(np.asarray, exact)
+    run(np.abs, magnitude)
+    tolerance.assert_close(y[:, inside], exact, magnitude, case.rank + 1)

@@ -101,6 +101,11 @@ def gpu_missing() -> str | None:
     )
 
 
+def skip_large(engine: Engine, small: bool) -> None:
+    if engine.small_only and not small:
+        pytest.skip("too many multiply-adds for this engine")
+
+
 @dataclass
 class Frame:
     """A matrix inside a larger one; what surrounds it must stay as it is."""

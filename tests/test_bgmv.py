@@ -15,11 +15,6 @@ from cupy_lora import bgmv_expand, bgmv_expand_slice, bgmv_shrink, reference
 CASES = cases.STACKED + cases.STACKED_LARGE
 
 
-def skip_large(engine: engines.Engine, case: cases.Stacked) -> None:
-    if engine.small_only and not case.small:
-        pytest.skip("too many multiply-adds for this engine")
-
-
 def shrink(engine: engines.Engine, case: cases.Stacked, scaling: float = 0.75) -> None:
     rng = case.rng
     x = cases.normal(rng, (case.tokens, case.wide), case.dtype)
@@ -31,11 +26,9 @@ def shrink(engine: engines.Engine, case: cases.Stacked, scaling: float = 0.75) -
     assert bgmv_shrink(inputs.view, engine.array(a), output.view, engine.array(indices), scaling) is output.view
     y = output.check(engine)
     inputs.check(engine, "inputs")
-    exact, magnitude = np.zeros(y.shape), np.zeros(y.shape)
-    reference.bgmv_shrink(x, a, exact, indices, scaling)
-    reference.bgmv_shrink(np.abs(x), np.abs(a), magnitude, indices, abs(scaling))
-    tolerance.assert_close(y, exact, magnitude, case.wide)
-    assert not y[~cases.valid(indices, case.adapters)].any()
+    cases.assert_shrunk(
+        case, y, indices, lambda sign, out: reference.bgmv_shrink(sign(x), sign(a), out, indices, scaling)
+    )
 
 
 def expand(engine: engines.Engine, case: cases.Stacked, add_inputs: bool, sliced: bool) -> None:
@@ -58,27 +51,26 @@ def expand(engine: engines.Engine, case: cases.Stacked, add_inputs: bool, sliced
         got = bgmv_expand(*args, add_inputs)
     assert got is output.view
     y = output.check(engine)
-    tolerance.assert_same_bits(y[bare], before[bare], "rows without an adapter")
-    tolerance.assert_same_bits(y[:, :left], before[:, :left], "columns ahead of the slice")
-    tolerance.assert_same_bits(y[:, left + case.wide :], before[:, left + case.wide :], "columns after the slice")
-    inside = slice(left, left + case.wide)
-    exact = before[:, inside].astype(np.float64)
-    magnitude = np.abs(exact)
-    reference.bgmv_expand(v, b, exact, indices, add_inputs)
-    reference.bgmv_expand(np.abs(v), np.abs(b), magnitude, indices, add_inputs)
-    tolerance.assert_close(y[:, inside], exact, magnitude, case.rank + 1)
+    cases.assert_expanded(
+        case,
+        y,
+        before,
+        indices,
+        left,
+        lambda sign, out: reference.bgmv_expand(sign(v), sign(b), out, indices, add_inputs),
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_shrink(engine: engines.Engine, case: cases.Stacked) -> None:
-    skip_large(engine, case)
+    engines.skip_large(engine, case.small)
     shrink(engine, case)
 
 
 @pytest.mark.parametrize("add_inputs", [True, False], ids=["add", "overwrite"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_expand(engine: engines.Engine, case: cases.Stacked, add_inputs: bool) -> None:
-    skip_large(engine, case)
+    engines.skip_large(engine, case.small)
     expand(engine, case, add_inputs, sliced=False)
 
 
@@ -88,25 +80,9 @@ def test_expand_slice(engine: engines.Engine, case: cases.Stacked, add_inputs: b
     expand(engine, case, add_inputs, sliced=True)
 
 
-def draw_case(data: st.DataObject) -> cases.Stacked:
-    dtype = data.draw(st.sampled_from(("float16", "bfloat16")), "dtype")
-    return cases.Stacked(
-        tokens=data.draw(st.integers(0, 70), "tokens"),
-        wide=data.draw(st.one_of(st.integers(1, 300), st.sampled_from((512, 1024, 2048))), "wide"),
-        rank=data.draw(st.integers(1, 256), "rank"),
-        adapters=data.draw(st.integers(1, 9), "adapters"),
-        pattern=data.draw(st.sampled_from(cases.PATTERNS), "pattern"),
-        dtype=dtype,
-        other=data.draw(st.sampled_from((dtype, "float32")), "other"),
-        pad=data.draw(st.sampled_from(((0, 0), (8, 8), (1, 0), (0, 3))), "pad"),
-        layers=data.draw(st.booleans(), "layers"),
-        index=data.draw(st.sampled_from(("int32", "int64")), "index"),
-    )
-
-
 @given(data=st.data())
 def test_fuzz(data: st.DataObject) -> None:
-    case = draw_case(data)
+    case = cases.draw_stacked(data)
     with engines.running("numpy") as engine:
         shrink(engine, case)
         expand(engine, case, data.draw(st.booleans()), data.draw(st.booleans()))
@@ -116,7 +92,7 @@ def test_fuzz(data: st.DataObject) -> None:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_fuzz_on_the_gpu(data: st.DataObject) -> None:
-    case = draw_case(data)
+    case = cases.draw_stacked(data)
     with engines.running("gpu") as engine:
         shrink(engine, case)
         expand(engine, case, data.draw(st.booleans()), data.draw(st.booleans()))

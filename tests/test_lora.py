@@ -41,8 +41,7 @@ def run(engine: engines.Engine, case: cases.Case) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_add_lora(engine: engines.Engine, case: cases.Case) -> None:
-    if engine.small_only and not case.small:
-        pytest.skip("too many multiply-adds for this engine")
+    engines.skip_large(engine, case.small)
     run(engine, case)
 
 
@@ -106,8 +105,7 @@ def apply(
 @pytest.mark.parametrize("case", BITS + BITS_LARGE, ids=lambda case: case.id)
 def test_a_row_does_not_depend_on_its_batch(kernels: engines.Engine, case: cases.Case) -> None:
     """Alone, reversed, doubled and at any place of a longer batch: the same bits."""
-    if kernels.small_only and not case.small:
-        pytest.skip("too many multiply-adds for this engine")
+    engines.skip_large(kernels, case.small)
     data = cases.build(case)
     weights, _ = cases.load(data, kernels.device, kernels.array)
     every = np.arange(case.tokens)

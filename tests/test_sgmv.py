@@ -9,7 +9,6 @@ import pytest
 import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bgmv import draw_case, skip_large
 
 from cupy_lora import reference, sgmv_expand, sgmv_expand_slice, sgmv_shrink
 
@@ -29,11 +28,12 @@ def shrink(engine: engines.Engine, case: cases.Stacked, hint: int, scaling: floa
     got = sgmv_shrink(inputs.view, engine.array(a), output.view, *on_engine, len(parts[2]), hint, scaling)
     assert got is output.view
     y = output.check(engine)
-    exact, magnitude = np.zeros(y.shape), np.zeros(y.shape)
-    reference.sgmv_shrink(x, a, exact, *parts, len(parts[2]), hint, scaling)
-    reference.sgmv_shrink(np.abs(x), np.abs(a), magnitude, *parts, len(parts[2]), hint, abs(scaling))
-    tolerance.assert_close(y, exact, magnitude, case.wide)
-    assert not y[~cases.valid(indices, case.adapters)].any()
+    cases.assert_shrunk(
+        case,
+        y,
+        indices,
+        lambda sign, out: reference.sgmv_shrink(sign(x), sign(a), out, *parts, len(parts[2]), hint, scaling),
+    )
 
 
 def expand(engine: engines.Engine, case: cases.Stacked, hint: int, add_inputs: bool, sliced: bool) -> None:
@@ -55,27 +55,26 @@ def expand(engine: engines.Engine, case: cases.Stacked, hint: int, add_inputs: b
         got = sgmv_expand(*args, add_inputs)
     assert got is output.view
     y = output.check(engine)
-    tolerance.assert_same_bits(y[bare], before[bare], "rows without an adapter")
-    tolerance.assert_same_bits(y[:, :left], before[:, :left], "columns ahead of the slice")
-    tolerance.assert_same_bits(y[:, left + case.wide :], before[:, left + case.wide :], "columns after the slice")
-    inside = slice(left, left + case.wide)
-    exact = before[:, inside].astype(np.float64)
-    magnitude = np.abs(exact)
-    reference.sgmv_expand(v, b, exact, *parts, len(parts[2]), hint, add_inputs)
-    reference.sgmv_expand(np.abs(v), np.abs(b), magnitude, *parts, len(parts[2]), hint, add_inputs)
-    tolerance.assert_close(y[:, inside], exact, magnitude, case.rank + 1)
+    cases.assert_expanded(
+        case,
+        y,
+        before,
+        indices,
+        left,
+        lambda sign, out: reference.sgmv_expand(sign(v), sign(b), out, *parts, len(parts[2]), hint, add_inputs),
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_shrink(engine: engines.Engine, case: cases.Stacked) -> None:
-    skip_large(engine, case)
+    engines.skip_large(engine, case.small)
     shrink(engine, case, case.tokens)
 
 
 @pytest.mark.parametrize("add_inputs", [True, False], ids=["add", "overwrite"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_expand(engine: engines.Engine, case: cases.Stacked, add_inputs: bool) -> None:
-    skip_large(engine, case)
+    engines.skip_large(engine, case.small)
     expand(engine, case, case.tokens, add_inputs, sliced=False)
 
 
@@ -111,7 +110,7 @@ def test_rows_of_no_segment_are_left_alone(engine: engines.Engine) -> None:
 
 @given(data=st.data())
 def test_fuzz(data: st.DataObject) -> None:
-    case = draw_case(data)
+    case = cases.draw_stacked(data)
     with engines.running("numpy") as engine:
         shrink(engine, case, data.draw(st.integers(0, 80)))
         expand(engine, case, data.draw(st.integers(0, 80)), data.draw(st.booleans()), data.draw(st.booleans()))
@@ -121,7 +120,7 @@ def test_fuzz(data: st.DataObject) -> None:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_fuzz_on_the_gpu(data: st.DataObject) -> None:
-    case = draw_case(data)
+    case = cases.draw_stacked(data)
     with engines.running("gpu") as engine:
         shrink(engine, case, data.draw(st.integers(0, 80)))
         expand(engine, case, data.draw(st.integers(0, 80)), data.draw(st.booleans()), data.draw(st.booleans()))
