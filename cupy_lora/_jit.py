@@ -149,23 +149,18 @@ class _Driver:
         self.current_stream = cuda.get_current_stream
         self.make_context = cuda.runtime.memGetInfo
         self.use_device = cuda.Device
-        self._check = cuda.driver.check_status
-        self._launch_early: Any = None
+        self.check = cuda.driver.check_status
+        # cuLaunchKernelEx by itself: (CUlaunchConfig, function, arguments, None), addresses as integers; a status.
+        self.launch_early: Any = None
         # Graphs take such launches from CUDA 12.3 on.
         if not _env.SERIAL.on and cuda.runtime.driverGetVersion() >= 12030:
             libcuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-            self._launch_early = libcuda.cuLaunchKernelEx
-            self._launch_early.argtypes = [ctypes.c_void_p] * 4
+            self.launch_early = libcuda.cuLaunchKernelEx
+            self.launch_early.argtypes = [ctypes.c_void_p] * 4
 
     def starts_early(self, device: int) -> bool:
         """Whether kernels may start before the launch ahead of them is done, and wait themselves: from sm_90 on."""
-        return self._launch_early is not None and device_arch(device) >= 90
-
-    def launch_early(self, config: int, function: int, arguments: int) -> None:
-        """Launch by a ``CUlaunchConfig`` in memory."""
-        status = self._launch_early(config, function, arguments, None)
-        if status:
-            self._check(status)
+        return self.launch_early is not None and device_arch(device) >= 90
 
 
 _driver: _Driver | None = None
@@ -202,18 +197,19 @@ _EARLY = array.array("Q", [6, 1, *[0] * 7])
 class _Frame:
     """The memory of one call in flight."""
 
-    words: array.array[int]  # the arguments
-    pointers: array.array[int]  # where each is
+    addresses: Any  # a ctypes array: the call's pointers
+    words: array.array[int]  # the other arguments
+    arguments: array.array[int]  # where each argument is
     config: array.array[int]  # CUlaunchConfig
-    arguments: int  # addresses of the last two
-    config_at: int
+    early: tuple[int, int, int, None]  # what cuLaunchKernelEx takes
+    plain: int  # the address of ``arguments``
 
 
 class Ready:
     """A launch as the driver takes it: function, sizes, and arguments in memory; pointers may come with each call.
 
     CuPy's own call turns each argument into an object of its own, 0.3 us each; here a call writes the
-    addresses that differ from the last one's.
+    addresses.
 
     Parameters
     ----------
@@ -223,11 +219,27 @@ class Ready:
         Number of the GPU.
     places : sequence of (int, int, int)
         Arguments that come with each call: position, index into the call's pointers, bytes to add.
+    count : int
+        How many pointers come with each call.
     """
 
-    __slots__ = ("_device", "_early", "_frames", "_offsets", "_places", "_sizes", "_words", "grid", "kernel")
+    __slots__ = (
+        "_addresses",
+        "_device",
+        "_early",
+        "_frames",
+        "_moved",
+        "_offsets",
+        "_places",
+        "_sizes",
+        "_words",
+        "grid",
+        "kernel",
+    )
 
-    def __init__(self, launch: Launch, device: int, places: Sequence[tuple[int, int, int]] = ()) -> None:
+    def __init__(
+        self, launch: Launch, device: int, places: Sequence[tuple[int, int, int]] = (), count: int = 0
+    ) -> None:
         kernel = self.kernel = launch.kernel
         self.grid = launch.grid
         self._device = device
@@ -237,13 +249,17 @@ class Ready:
         self._sizes = (function.ptr, *launch.grid, kernel.block, 1, 1, kernel.shared)
         self._early = (_driver or _load_driver()).starts_early(device)
         self._words, self._offsets = pack(launch.args)
-        self._places = [(self._offsets[position] // 8, index, delta) for position, index, delta in places]
+        # The call's pointers lie together, so that one store writes them all: the driver is told where each argument
+        # is. Only an argument a few bytes into its array has a word of its own.
+        self._addresses = ctypes.c_uint64 * count
+        self._places = [(position, index) for position, index, delta in places if not delta]
+        self._moved = [(self._offsets[position] // 8, index, delta) for position, index, delta in places if delta]
         # Two threads may make the same call at once, and the driver copies the arguments with the interpreter's lock
         # released: each takes a frame of its own.
         self._frames: list[_Frame] = []
 
     def __call__(
-        self, pointers: Sequence[int], stream: int, values: Sequence[tuple[int, np.generic | np.ndarray]] = ()
+        self, pointers: Sequence[int], stream: int, values: Sequence[tuple[int, int | np.generic | np.ndarray]] = ()
     ) -> None:
         """Launch on the stream of this handle.
 
@@ -252,16 +268,26 @@ class Ready:
         pointers : sequence of int
             Addresses of the arrays that come with each call.
         stream : int
-        values : sequence of (int, numpy integer or array)
+        values : sequence of (int, integer or array)
             Arguments that this call replaces, by position: integers, not negative, and structs of whole 8-byte
             words. Each call replaces the same ones.
         """
+        driver = _driver or _load_driver()
+        device = self._device
+        if device not in _thread.devices or driver.current_device() != device:
+            with driver.use_device(device):
+                if device not in _thread.devices:
+                    driver.make_context()
+                    _thread.devices.add(device)
+                self(pointers, stream, values)
+            return
         try:
             frame = self._frames.pop()
         except IndexError:
             frame = self._frame()
         words = frame.words
-        for word, index, delta in self._places:
+        frame.addresses[:] = pointers
+        for word, index, delta in self._moved:
             words[word] = pointers[index] + delta
         for position, value in values:
             word = self._offsets[position] // 8
@@ -270,38 +296,33 @@ class Ready:
                 words[word : word + len(raw)] = raw
             else:
                 words[word] = int(value)
-        driver = _driver or _load_driver()
-        device = self._device
         if _watcher is not None:
             _watcher(self)
-        if device in _thread.devices and driver.current_device() == device:
-            self._launch(driver, stream, frame)
+        if self._early:
+            frame.config[4] = stream
+            status = driver.launch_early(*frame.early)
+            if status:
+                driver.check(status)
         else:
-            with driver.use_device(device):
-                if device not in _thread.devices:
-                    driver.make_context()
-                    _thread.devices.add(device)
-                self._launch(driver, stream, frame)
+            driver.launch_kernel(*self._sizes, stream, frame.plain, 0)
         self._frames.append(frame)
         if _imported:
             _keep_imported(device, stream)
 
-    def _launch(self, driver: _Driver, stream: int, frame: _Frame) -> None:
-        if self._early:
-            frame.config[4] = stream
-            driver.launch_early(frame.config_at, self._sizes[0], frame.arguments)
-        else:
-            driver.launch_kernel(*self._sizes, stream, frame.arguments, 0)
-
     def _frame(self) -> _Frame:
-        words = self._words[:]
-        base = words.buffer_info()[0]
-        pointers = array.array("Q", [base + offset for offset in self._offsets])
+        addresses, words = self._addresses(), self._words[:]
+        first, base = ctypes.addressof(addresses), words.buffer_info()[0]
+        at = [base + offset for offset in self._offsets]
+        for position, index in self._places:
+            at[position] = first + 8 * index
+        arguments = array.array("Q", at)
         # CUlaunchConfig: grid, block and bytes of shared memory as 32-bit words, the stream, the attributes, how many.
-        _, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared = self._sizes
+        function, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared = self._sizes
         sizes = [grid_x | grid_y << 32, grid_z | block_x << 32, block_y | block_z << 32, shared]
         config = array.array("Q", [*sizes, 0, _EARLY.buffer_info()[0], 1])
-        return _Frame(words, pointers, config, pointers.buffer_info()[0], config.buffer_info()[0])
+        plain = arguments.buffer_info()[0]
+        early = (config.buffer_info()[0], function, plain, None)
+        return _Frame(addresses, words, arguments, config, early, plain)
 
 
 def pack(args: Sequence[Array | np.generic | np.ndarray | None]) -> tuple[array.array[int], list[int]]:

@@ -28,7 +28,7 @@ class Kept:
         Which of the arrays must not overlap: an output and another. All that :meth:`clear` looks at.
     """
 
-    __slots__ = ("_apart", "_args", "_places", "_ready", "device", "grid", "kernel")
+    __slots__ = ("_args", "_places", "_ready", "apart", "device", "grid", "kernel")
 
     def __init__(self, launch: _jit.Launch, arrays: Arrays, apart: Sequence[tuple[int, int]] = ()) -> None:
         self.kernel, self.grid = launch.kernel, launch.grid
@@ -44,14 +44,15 @@ class Kept:
                     self._places.append((position, index, arg.ptr - owner.ptr))
                     # Its memory is the caller's; where it views an array, its shape is not.
                     self._args[position] = Array(0, arg.shape, arg.strides, arg.dtype, arg.device, None)
-        self._apart = [_bounds(out, other, arrays) for out, other in apart if _sized(out, other, arrays)]
+        self.apart = [_bounds(out, other, arrays) for out, other in apart if _sized(out, other, arrays)]
         self._ready: _jit.Ready | None = None
         if self.device != CPU and 0 not in self.grid:
-            self._ready = _jit.Ready(_jit.Launch(self.kernel, self.grid, tuple(self._args)), self.device, self._places)
+            launch = _jit.Launch(self.kernel, self.grid, tuple(self._args))
+            self._ready = _jit.Ready(launch, self.device, self._places, len(arrays))
 
     def clear(self, pointers: Sequence[int]) -> bool:
         """Whether arrays at these addresses are apart."""
-        for out, other, above, below in self._apart:  # noqa: SIM110 - a generator costs as much again
+        for out, other, above, below in self.apart:  # noqa: SIM110 - a generator costs as much again
             if above < pointers[other] - pointers[out] < below:
                 return False
         return True
@@ -61,7 +62,7 @@ class Kept:
         pointers: Sequence[int],
         objs: Sequence[Any],
         on_torch: bool,
-        values: Sequence[tuple[int, np.generic | np.ndarray]] = (),
+        values: Sequence[tuple[int, int | np.generic | np.ndarray]] = (),
     ) -> int | None:
         """Launch over these arrays, on their stream, and return that stream's handle (None on the host).
 
@@ -72,8 +73,9 @@ class Kept:
         objs : sequence
             The arrays as :func:`read` returned them: on the host, :class:`Array`.
         on_torch : bool
-        values : sequence of (int, numpy integer or array)
-            Arguments that the key does not cover, as :class:`Ready` takes them.
+        values : sequence of (int, integer or array)
+            Arguments that the key does not cover, as :class:`Ready` takes them. An int gets the type that the
+            argument had at first.
         """
         if self.device == CPU:
             _jit.run(self.launch(objs, values), CPU)
@@ -83,7 +85,7 @@ class Kept:
             self._ready(pointers, stream, values)
         return stream
 
-    def launch(self, arrays: Arrays, values: Sequence[tuple[int, np.generic | np.ndarray]] = ()) -> _jit.Launch:
+    def launch(self, arrays: Arrays, values: Sequence[tuple[int, int | np.generic | np.ndarray]] = ()) -> _jit.Launch:
         """The launch over these arrays of the host: the CPU runner wants their shapes too."""
         args = self._args.copy()
         for position, index, delta in self._places:
@@ -93,7 +95,7 @@ class Kept:
             else:
                 args[position] = array
         for position, value in values:
-            args[position] = value
+            args[position] = type(args[position])(value) if isinstance(value, int) else value
         return _jit.Launch(self.kernel, self.grid, tuple(args))
 
 
@@ -172,7 +174,7 @@ class Plans:
             or _env.DEBUG.on
             or (kept.device == CPU and not _jit.has_host_runner())
             or (self._switch is not _env.DEBUG and self._switch.on)
-            or not kept.clear(pointers)
+            or (kept.apart and not kept.clear(pointers))
         ):
             kept = None
         return kept, key, pointers, objs, on_torch

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from . import _arrays, _jit, _metadata_plan
-from ._arrays import CPU, INT32, same_device, stream_for, view, views
+from ._arrays import CPU, INT32, read, same_device, stream_for, view, views
 from ._device import has_gpu_kernels
 from ._lora_checks import integer
 from ._metadata_checks import (
@@ -87,7 +85,7 @@ def block_tables_to_ragged(
         If shapes do not match, a row is shorter than its lengths, or the arrays are on different devices.
     """
     given = block_tables, input_lengths_tensor, cache_lengths_tensor
-    kept, key, pointers, objs, on_torch = _plans.find(_RAGGED, given, "ragged", max_current_length)
+    kept, key, pointers, objs, on_torch = _ragged_plans.find(_RAGGED, given, max_current_length)
     if kept is None:
         table, new, cached = views(_RAGGED, objs)
         rows("block_tables", table)
@@ -101,18 +99,20 @@ def block_tables_to_ragged(
     if out is None:
         news = host_lengths("input_lengths", input_lengths, batch)
         caches = host_lengths("cache_lengths", cache_lengths, batch)
-        out = _empty_like(block_tables, sum_of_lengths(news, caches, objs[0].shape[1]), device)
-        ragged = view("out", out)
+        total = sum_of_lengths(news, caches, objs[0].shape[1])
+        out = _empty_like(block_tables, total, device)
+        _, (address,), (ragged,), _ = read(_OUT, (out,))
     else:
         ragged = vector("out", out, dtypes=(INT32,))
+        total, address = ragged.shape[0], ragged.ptr
         if ragged.device != device:
             same_device(block_tables=view("block_tables", objs[0]), out=ragged)
-    total = ragged.shape[0]
-    values = ((_metadata_plan.RAGGED_TOTAL, np.uint32(total)),)
     if kept is not None:
         if total:
-            kept.run((*pointers, ragged.ptr), (*objs, ragged), on_torch, values)
+            total_now = ((_metadata_plan.RAGGED_TOTAL, total),)
+            kept.run((*pointers, address), (*objs, ragged), on_torch, total_now)
         return out
+    ragged = view("out", ragged)
     lengths = debug_lengths("input_lengths_tensor + cache_lengths_tensor", new, cached, table.shape[1])
     if lengths is not None and int(lengths.sum()) > total:
         raise ValueError(f"out: expected room for {int(lengths.sum())} entries, got {total}")
@@ -122,7 +122,7 @@ def block_tables_to_ragged(
         metadata.ragged(table.numpy(), new.numpy(), cached.numpy(), ragged.numpy())
     elif batch and total:
         launch = _metadata_plan.ragged(table, new, cached, ragged, max_current_length)
-        _plans.run(key, launch, (table, new, cached, ragged), on_torch, values=values)
+        _ragged_plans.run(key, launch, (table, new, cached, ragged), on_torch)
     return out
 
 
@@ -181,7 +181,7 @@ def prepare_decode_step(
     """
     if (batch is None) != (adapter_indices is None):
         raise ValueError("batch and adapter_indices: expected both or none, got one of them")
-    plans, schedule = _plans if batch is None else batch.step_plans, None
+    plans, schedule = _step_plans if batch is None else batch.step_plans, None
     given = (
         block_tables,
         input_lengths,
@@ -195,7 +195,7 @@ def prepare_decode_step(
         adapter_indices,
         None if batch is None else batch.counter_view,
     )
-    kept, key, pointers, objs, on_torch = plans.find(_STEP, given, "decode_step", max_current_length)
+    kept, key, pointers, objs, on_torch = plans.find(_STEP, given, max_current_length)
     if kept is not None:
         if batch is not None:
             batch.note_update(objs[9])
@@ -363,6 +363,7 @@ class _ByRows:
     arrays: tuple[str, ...]
     check: Callable[..., int]
     plan: Callable[..., _jit.Launch]
+    plans: Plans = field(default_factory=Plans)
 
 
 _PADDED = _ByRows(
@@ -394,6 +395,7 @@ _FILTERING = _ByRows(
     _metadata_plan.slots_filtering,
 )
 _RAGGED = ("block_tables", "input_lengths_tensor", "cache_lengths_tensor")
+_OUT = ("out",)
 _STEP = (
     "block_tables",
     "input_lengths",
@@ -407,11 +409,11 @@ _STEP = (
     "adapter_indices",
     "counters",
 )
-_plans = Plans()
+_ragged_plans, _step_plans = Plans(), Plans()
 
 
 def _by_rows(op: _ByRows, hint: int, given: tuple[Any, ...]) -> None:
-    kept, key, pointers, objs, on_torch = _plans.find(op.arrays, given, op.name, hint)
+    kept, key, pointers, objs, on_torch = op.plans.find(op.arrays, given, hint)
     if kept is not None:
         kept.run(pointers, objs, on_torch)
         return
@@ -424,7 +426,7 @@ def _by_rows(op: _ByRows, hint: int, given: tuple[Any, ...]) -> None:
 
         getattr(metadata, op.name)(hint, *(array.numpy() for array in arrays))
     elif rows_to_do:
-        _plans.run(key, op.plan(*arrays, hint), arrays, on_torch)
+        op.plans.run(key, op.plan(*arrays, hint), arrays, on_torch)
 
 
 def _empty_like(block_tables: Any, total: int, device: int) -> Any:

@@ -46,12 +46,13 @@ class Driver:
     def starts_early(self, device: int) -> bool:
         return self.early
 
-    def launch_early(self, config: int, function: int, arguments: int) -> None:
+    def launch_early(self, config: int, function: int, arguments: int, extra: None) -> int:
         grid_block = (ctypes.c_uint32 * 7).from_address(config)
         stream, attributes, count = (ctypes.c_uint64 * 3).from_address(config + 32)
         assert list((ctypes.c_uint32 * 3).from_address(attributes)) == [6, 0, 1]
         assert count == 1
         self.launch_kernel(function, *grid_block, stream, arguments, 0)
+        return 0
 
     def current_device(self) -> int:
         return self.current

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import engines
 import numpy as np
 import pytest
@@ -98,6 +102,58 @@ def test_contiguous(array: np.ndarray, contiguous: bool) -> None:
     else:
         with pytest.raises(ValueError, match="x: expected a C-contiguous array, got shape"):
             _arrays.check_contiguous("x", view("x", array))
+
+
+def test_cupy_layouts_are_told_apart_as_views_are() -> None:
+    """Calls of one layout share a launch: the layout says as much as a view does, without making one."""
+    cupy = pytest.importorskip("cupy")
+    memory = cupy.cuda.UnownedMemory(1 << 40, 1 << 20, None, 0)
+
+    def made(dtype: str = "float16", offset: int = 0) -> Any:
+        return cupy.ndarray((8, 16), dtype, memptr=cupy.cuda.MemoryPointer(memory, offset))
+
+    base = made()
+    arrays = [
+        base, made(), made("int16"), made(offset=2), made(offset=16), base.T, base[:, :8], base[:, :1], base[::2, :1],
+        base[:1], base[:1, :8], base[:1, ::2], base[2:3, :8], base[:0], base[:0, :8], base[0], base[0, :1], base[:, 0],
+        base[::2, 0], base[0, ::2], base[::-1], base[0].reshape(1, 16), base.reshape(16, 8), base.reshape(128),
+        base[0, 0], base.reshape(2, 4, 16), base.reshape(8, 1, 16),
+    ]  # fmt: skip
+    for one in arrays:
+        for other in arrays:
+            views = [view("x", array) for array in (one, other)]
+            alike = [
+                (
+                    array.shape,
+                    True if array.contiguous else array.strides,
+                    array.dtype,
+                    array.device,
+                    array.ptr % 16,
+                )
+                for array in views
+            ]
+            layouts = [_arrays.read(("x",), (array,))[0] for array in (one, other)]
+            assert (layouts[0] == layouts[1]) == (alike[0] == alike[1]), alike
+            # A view of another library's array of that layout is no CuPy array: strides there are counted in elements.
+            assert _arrays.read(("x",), (views[1],))[0] != layouts[0]
+    _, pointers, objs, on_torch = _arrays.read(("x", "y", "z"), (base[1:], None, base))
+    assert (pointers, on_torch) == ([(1 << 40) + 32, 0, 1 << 40], False)
+    assert objs[2] is base
+
+
+def test_a_cupy_without_the_private_name_is_read_by_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        """An array of such a CuPy."""
+
+        itemsize, shape, dtype = 2, (2, 3), np.dtype(np.float16)
+        strides, data = (8, 2), SimpleNamespace(ptr=4098, device_id=1)
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Other))  # type: ignore[arg-type]
+    monkeypatch.setattr(_arrays, "_KINDS", _arrays._KINDS.copy())
+    for _ in range(2):
+        (layout,), pointers, (array,), on_torch = _arrays.read(("x",), (Other(),))
+        assert layout == (2, (2, 3), (4, 1), np.float16, 1)
+        assert (pointers, array.ptr, array.strides, on_torch) == ([4098], 4098, (4, 1), False)
 
 
 def test_span_of_negative_strides() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import cupy_lora
 from cupy_lora import _arrays, _metadata_plan, metadata
+from cupy_lora._metadata_checks import sum_of_lengths
 
 I32, I64 = np.dtype(np.int32), np.dtype(np.int64)
 WIDTHS = [pytest.param(I32, id="int32"), pytest.param(I64, id="int64")]
@@ -140,6 +141,26 @@ def test_ragged_names_what_is_wrong(change: dict[str, Any], error: type[Exceptio
     }  # fmt: skip
     with pytest.raises(error, match=text):
         cupy_lora.block_tables_to_ragged(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_the_sum_of_lengths_is_that_of_a_plain_loop(kind: type):
+    rng = np.random.default_rng(5)
+    lists = [[0], [1] * 7, [3, 0, 5], [2**33, 1], [-1], [-1] * 3, [4, -1, 4], *rng.integers(0, 9, (20, 6)).tolist()]
+    for news in lists:
+        for caches in (list(other) for other in lists if len(other) == len(news)):
+            wrong = next((i for i, pair in enumerate(zip(news, caches, strict=True)) if min(pair) < 0), len(news))
+            long = next((i for i, pair in enumerate(zip(news, caches, strict=True)) if sum(pair) > 12), len(news))
+            arguments = kind(news), kind(caches), 12
+            if wrong < len(news) and wrong <= long:
+                with pytest.raises(ValueError, match=f"expected lengths >= 0, got .* at {wrong}$"):
+                    sum_of_lengths(*arguments)
+            elif long < len(news):
+                with pytest.raises(ValueError, match=rf"expected rows of at least .* \(row {long}\), got 12"):
+                    sum_of_lengths(*arguments)
+            else:
+                assert sum_of_lengths(*arguments) == sum(news) + sum(caches)
+    assert sum_of_lengths([], [], 12) == 0
 
 
 def test_parameters_are_keyword_only():

@@ -14,7 +14,7 @@ import pytest
 from fake_gpu import Driver, install, on_gpu, words
 
 import cupy_lora
-from cupy_lora import _arrays, _halves, _jit, norm, punica_kernels
+from cupy_lora import _arrays, _halves, _jit, metadata, norm, punica_kernels
 from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, Array
 from cupy_lora._plans import Kept, Plans
 
@@ -276,6 +276,9 @@ class Tensor:
     def data_ptr(self) -> int:
         return self._array.ptr
 
+    def is_contiguous(self) -> bool:
+        return self._array.contiguous
+
     def stride(self) -> tuple[int, ...]:
         return self._array.strides
 
@@ -287,16 +290,20 @@ class Parameter(Tensor):
     pass
 
 
-def test_tensors_are_read_without_a_view_and_run_on_torchs_stream(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def viewed(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A torch that is not there either; the tensors of which a view was made."""
     torch = SimpleNamespace(Tensor=Tensor, _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 900 + device))
     monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
     monkeypatch.setattr(_arrays, "_TORCH_DTYPES", {"torch.float16": FLOAT16})
     monkeypatch.setattr(_arrays, "_KINDS", _arrays._KINDS.copy())
-    viewed: list[Any] = []
+    found: list[Any] = []
     from_torch = _arrays._from_torch
-    monkeypatch.setattr(_arrays, "_from_torch", lambda *args: viewed.append(args) or from_torch(*args))
+    monkeypatch.setattr(_arrays, "_from_torch", lambda *args: found.append(args) or from_torch(*args))
+    return found
+
+
+def test_tensors_are_read_without_a_view_and_run_on_torchs_stream(driver: Driver, viewed: list[Any]) -> None:
     for count in (1, 2):
         x, w, out = (Tensor(on_gpu(shape, FLOAT16)) for shape in ((8, 64), (64,), (8, 64)))
         cupy_lora.rms_norm(x, Parameter(w._array), 1e-6, out)
@@ -306,3 +313,71 @@ def test_tensors_are_read_without_a_view_and_run_on_torchs_stream(
     # Strides are in elements there and in bytes in CuPy: the same numbers are not the same layout.
     transposed = Array(on_gpu((64, 64), FLOAT16).ptr, (64, 64), (128, 2), FLOAT16, 0, None)
     assert _arrays.read(("x",), (Tensor(transposed),))[0] != _arrays.read(("x",), (transposed,))[0]
+
+
+def test_rows_apart_are_not_taken_for_rows_together(
+    driver: Driver, viewed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = planned(monkeypatch, norm, "plan_rms_norm")
+    w = Tensor(on_gpu((64,), FLOAT16))
+
+    def call(rows: int, *strides: int) -> None:
+        x = Tensor(Array(on_gpu((64, 64), FLOAT16).ptr, (rows, 64), strides, FLOAT16, 0, None))
+        cupy_lora.rms_norm(x, w, 1e-6, x)
+        assert words(driver.launches[-1][2], 4) == [x.data_ptr(), 0, w.data_ptr(), x.data_ptr()]
+
+    for rows, strides, plans in (
+        (8, (64, 1), 1),
+        (8, (96, 1), 2),
+        (8, (65, 1), 3),
+        (8, (64, 1), 3),
+        (1, (64, 1), 4),
+        (1, (96, 1), 4),  # one row is one row, wherever a second one would be
+        (1, (65, 1), 4),
+    ):
+        call(rows, *strides)
+        assert len(made) == plans
+    with pytest.raises(ValueError, match="input: expected a contiguous last axis"):
+        call(8, 1, 64)
+    with pytest.raises(ValueError, match="out: expected rows that do not overlap"):
+        call(8, 32, 1)
+
+
+def test_the_ragged_result_is_new_in_each_call(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch serves results of any length, whose addresses and lengths it is handed."""
+    monkeypatch.setattr(metadata, "_ragged_plans", Plans())
+    made = planned(monkeypatch, metadata._metadata_plan, "ragged")
+    table, lengths = on_gpu((2, 8), INT32), [on_gpu((2,), INT32) for _ in range(2)]
+
+    def call(news: list[int], caches: list[int], out: Array | None = None) -> Array:
+        result: Array = cupy_lora.block_tables_to_ragged(
+            block_tables=table, input_lengths=news, cache_lengths=caches, input_lengths_tensor=lengths[0],
+            cache_lengths_tensor=lengths[1], max_current_length=8, out=out,
+        )  # fmt: skip
+        return result
+
+    for caches in ([0, 1], [7, 3], [6, 6]):
+        out = call([1, 1], caches)
+        assert out.shape == (2 + sum(caches),)
+        given = [table.ptr, 0, 8, lengths[0].ptr, lengths[1].ptr, out.ptr, 2 + sum(caches)]
+        got = words(driver.launches[-1][2], 7)
+        assert [got[0], *got[3:6], got[6] & 0xFFFFFFFF] == [given[0], *given[3:]]
+        mine = on_gpu((9,), INT32)
+        assert call([], [], mine) is mine
+        got = words(driver.launches[-1][2], 7)
+        assert (got[5], got[6] & 0xFFFFFFFF) == (mine.ptr, 9)
+    assert len(made) == 1
+    count = len(driver.launches)
+    bad: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (ValueError, r"block_tables: expected rows of at least 9 entries \(row 1\)", lambda: call([1, 1], [0, 8])),
+        (ValueError, "expected lengths >= 0, got 1 and -1 at 0", lambda: call([1, 1], [-1, 0])),
+        (ValueError, "input_lengths: expected 2 lengths, got 1", lambda: call([1], [0, 0])),
+        (TypeError, "out: expected dtype int32", lambda: call([1, 1], [0, 0], on_gpu((9,), INT64))),
+        (ValueError, "out: expected shape", lambda: call([1, 1], [0, 0], on_gpu((9, 1), INT32))),
+        (ValueError, "out: expected an array on the same device", lambda: call([1], [0], on_gpu((9,), INT32, 1))),
+    ]
+    for error, text, wrong in bad:
+        with pytest.raises(error, match=text):
+            wrong()
+    assert call([0, 0], [0, 0]).shape == (0,)
+    assert len(driver.launches) == count
