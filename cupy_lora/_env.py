@@ -30,9 +30,11 @@ class Switch:
         """True for any value but the empty string, ``0``, ``false``, ``no`` and ``off``."""
         # os.environ answers for an absent name through an exception (0.5 us, and calls of a few microseconds ask more
         # than once); the dict that it keeps in CPython does not.
-        held = getattr(os.environ, "_data", None)
-        if type(held) is dict and self._key not in held:
-            return False
+        try:
+            if self._key not in os.environ._data:  # type: ignore[attr-defined]
+                return False
+        except (AttributeError, TypeError):
+            pass
         value = os.environ.get(self.name)
         return value is not None and value.strip().lower() not in ("", "0", "false", "no", "off")
 

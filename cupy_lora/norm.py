@@ -19,6 +19,7 @@ from ._arrays import (
     check_dtype,
     check_shape,
     empty,
+    read,
     same_device,
     view,
     views,
@@ -91,10 +92,10 @@ def rms_norm(input: Any, weight: Any, epsilon: float = 1e-6, out: Any = None) ->
     kept, key, pointers, objs, on_torch = _plans.find(_NAMES, (input, None, weight, out), epsilon, out is input)
     if kept is not None:
         if out is None:
-            like = view("input", objs[0])
-            out = empty(like.shape, like.dtype, like.device)
-            new = view("out", out)
-            pointers[3], objs = new.ptr, (*objs[:3], new)
+            like = view("input", objs[0]) if on_torch else objs[0]
+            out = empty(like.shape, like.dtype, kept.device)
+            _, (pointers[3],), (new,), _ = read(_NAMES[3:], (out,))
+            objs = (*objs[:3], new)
         kept.run(pointers, objs, on_torch)
         return out
     x, w = view("input", objs[0]), view("weight", objs[2])
