@@ -3,7 +3,8 @@
 A Llama-shaped model answers requests that use different LoRA adapters (or none) together: every step is one mixed
 batch of prompts and single tokens, and every projection adds all of its LoRA updates by one ``add_lora``. Afterwards
 each request's tokens go through the same model in float32 with that request's adapter merged into the weights, and the
-logits must agree within the rounding of the dtype.
+logits must agree within the rounding of the dtype. The first requests' tokens also go through
+:mod:`cupy_lora.punica_kernels`, by the calls that LoRAX makes, and are held to the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import _drop_in
 from ._arrays import BFLOAT16, FLOAT16
 from ._demo_model import ADAPTERS, cache_folder, write_demo_model
 from ._llama import Llama, Xp, read_config
@@ -23,6 +25,7 @@ from .peft import load_peft
 
 __all__ = ["ADAPTERS", "DTYPES", "add_arguments", "cache_folder", "run", "write_demo_model"]
 
+DROP_IN = 3  # requests that go through the drop-in module too: the bare model and two adapters
 DTYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
 
 
@@ -123,8 +126,10 @@ def run(options: argparse.Namespace) -> int:
         progress.advance(loading)
         serving = progress.add_task("serve", total=len(requests) * options.tokens)
         seconds = serve(served, requests, options.tokens, options.admit, lambda n: progress.advance(serving, n))
-        checking = progress.add_task("check", total=len(requests))
-        verdicts = check(model, dtype, stored, requests, lambda n: progress.advance(checking, n))
+        refused = _drop_in.why_not(model.config)
+        again = [] if refused else _drop_in.again(model, dtype, stored, requests[:DROP_IN])
+        checking = progress.add_task("check", total=len(requests) + len(again))
+        verdicts = check(model, dtype, stored, [*requests, *again], lambda n: progress.advance(checking, n))
 
     console.print(f"{len(requests)} requests, {len(folders)} adapters, one batch, {options.dtype}\n{device}")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -156,6 +161,14 @@ def run(options: argparse.Namespace) -> int:
     failed = [name for name, verdict in verdicts.items() if not verdict.passed]
     decoded = sum(len(request.tokens) for request in requests)
     console.print(f"{decoded} tokens in {seconds:.2f} s: {decoded / seconds:.0f} tokens/s")
+    if refused:
+        console.print(f"nothing through cupy_lora.punica_kernels: {refused}")
+    else:
+        nearest = max((verdicts[request.name] for request in again), key=lambda v: v.difference / (v.tolerance or 1))
+        console.print(
+            f"{', '.join(request.name for request in requests[:DROP_IN])} again through cupy_lora.punica_kernels, by "
+            f"LoRAX's calls:\ndifference {nearest.difference:.1e}, allowed {nearest.tolerance:.1e}"
+        )
     if failed:
         console.print(
             f"[bold red]{len(failed)} requests are further from their merged model than rounding:[/] {failed}"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import cupy_lora
-from cupy_lora import _demo_model, _llama, _merged, _server, load_peft
+from cupy_lora import _demo_model, _drop_in, _llama, _merged, _server, load_peft, punica_kernels
 from cupy_lora.__main__ import main
 from cupy_lora._demo_model import ADAPTERS, DEMO_CONFIG
 from cupy_lora._llama import Batch, Llama, LlamaConfig, Ops, forward, from_float32, read_config, to_float32
 from cupy_lora._merged import MergedOps, Verdict
 from cupy_lora._served import ServedOps
-from cupy_lora.demo import DTYPES
+from cupy_lora.demo import DROP_IN, DTYPES
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "expected.json").read_text())
 FLOAT32 = np.dtype(np.float32)
@@ -437,6 +438,118 @@ def test_a_fault_in_the_tables_fails_the_demo(cache, monkeypatch, capsys, name, 
     assert "are further from their merged model than rounding" in " ".join(capsys.readouterr().out.split())
 
 
+# ---- through the drop-in module ------------------------------------------------------------------
+def test_every_request_agrees_through_the_drop_in_module(served):
+    model, dtype, adapters, requests = served
+    again = _drop_in.again(model, dtype, adapters, requests)
+    assert [len(request.logits) for request in again] == [8] * len(requests)
+    verdicts = _merged.check(model, dtype, adapters, again)
+    assert {name: verdict for name, verdict in verdicts.items() if not verdict.passed} == {}
+    assert any(not np.array_equal(one.logits, other.logits) for one, other in zip(requests, again, strict=True))
+
+
+def test_the_demo_calls_every_function_of_the_drop_in_module(served, monkeypatch):
+    model, dtype, adapters, requests = served
+    called = []
+    for name in punica_kernels.__all__:
+        real = getattr(punica_kernels, name)
+
+        def watched(*args, real=real, name=name):
+            called.append((name, *(arg.shape for arg in args[:2] if hasattr(arg, "shape"))))
+            return real(*args)
+
+        monkeypatch.setattr(punica_kernels, name, watched)
+    _drop_in.again(model, dtype, adapters, requests[:DROP_IN])
+    assert {name for name, *_ in called} == set(punica_kernels.__all__)
+    ranks = {min(y[1], x[1]) for name, y, x in (call for call in called if call[0] == "dispatch_bgmv")}
+    assert ranks == {4, 8, 16, 32}  # one rank in all layers: k_proj of layer 1, of rank 16, is padded to 32
+
+
+@pytest.mark.simt
+@pytest.mark.slow
+def test_the_cuda_sources_serve_the_drop_in_module(checkpoint):
+    dtype = DTYPES["float16"]
+    model = Llama.read(checkpoint, np, dtype)
+    adapters = [load_peft(ADAPTERS / name) for name in NAMES]
+    requests = _server.make_requests(2, len(adapters), 256)  # the bare model, and ranks 8, 16 and 32
+    for request in requests:
+        del request.prompt[4:]
+        request.tokens = [65, 66]
+    with engines.running("simt"):
+        again = _drop_in.again(model, dtype, adapters, requests)
+    verdicts = _merged.check(model, dtype, adapters, again)
+    assert {name: verdict for name, verdict in verdicts.items() if not verdict.passed} == {}
+
+
+def next_layer(real):
+    return lambda *args: real(*args[:-1], 1 - args[-1])
+
+
+def twice(real):
+    return lambda *args: [real(*args) for _ in range(2)]
+
+
+def half_as_much(real):
+    def norm(out, *args):
+        real(out, *args)
+        out *= 0.5
+
+    return norm
+
+
+def queries_of_others(real):
+    return lambda o, q, *args: real(o, q[::-1].copy(), *args)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("dispatch_bgmv", nothing),
+        ("dispatch_bgmv", twice),
+        ("sgmv_cutlass", nothing),
+        ("sgmv_cutlass", next_layer),
+        ("sgmv_shrink", nothing),
+        ("sgmv_shrink", next_layer),
+        ("rms_norm", half_as_much),
+        ("init_kv", nothing),
+        ("append_kv", nothing),
+        ("batch_prefill", queries_of_others),
+        ("batch_decode", queries_of_others),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # nothing stored: what is in the memory is read
+def test_a_fault_in_the_drop_in_module_fails_the_demo(cache, monkeypatch, capsys, name, fault):
+    monkeypatch.setattr(punica_kernels, name, fault(getattr(punica_kernels, name)))
+    assert run_demo("--tokens", "4", "--requests", "6") == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "are further from their merged model than rounding" in text
+    assert re.search(r"\['r0\d by punica_kernels'", text), "the served requests themselves are right"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_theta": 5e5}, "this model by 500000"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            "this model by llama3's rule",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_the_drop_in_module_cannot_rotate_is_named(model_copy, capsys, changes, reason):
+    edit_config(model_copy, **changes)
+    adapter = ADAPTERS / "rank4-fp32"
+    assert run_demo("--model", str(model_copy), "--adapter", f"x={adapter}", "--tokens", "2", "--requests", "2") == 0
+    assert f"nothing through cupy_lora.punica_kernels: its attention rotates by theta 10000, {reason}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_a_nan_never_passes():
     assert not Verdict(float("nan"), 1.0, 1.0).passed
     assert not Verdict(0.0, float("nan"), 1.0).passed
@@ -453,6 +566,9 @@ def test_the_demo_passes(cache, capsys, dtype):
     assert {row[1] for row in rows} == {"(none)", *NAMES}
     assert all(row[-5].endswith("+32") or row[-6].endswith("+32") for row in rows)
     assert f"all {len(rows)} requests agree with their merged model within the rounding of {dtype}" in lines[-1]
+    assert lines[-3] == "r00, r01, r02 again through cupy_lora.punica_kernels, by LoRAX's calls:"
+    difference, allowed = re.fullmatch(r"difference (\S+), allowed (\S+)", lines[-2]).groups()
+    assert 0 < float(difference) < float(allowed)
     assert (cache / "demo-llama-1" / "config.json").is_file()
 
 
