@@ -14,16 +14,21 @@ import pytest
 from fake_gpu import Driver, install, on_gpu, words
 
 import cupy_lora
-from cupy_lora import _arrays, _halves, _jit, metadata, norm, punica_kernels
+from cupy_lora import _arrays, _cubins, _halves, _jit, metadata, norm, punica_kernels
 from cupy_lora._arrays import BFLOAT16, FLOAT16, FLOAT32, INT32, INT64, Array
-from cupy_lora._plans import Kept, Plans
+from cupy_lora._plans import Kept
 
 
 @pytest.fixture(params=[False, True], ids=["serial", "early"])
 def driver(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Driver:
     """A GPU that is not there, by both ways to launch, and no plans of other tests."""
-    for module in (_halves, norm, punica_kernels):
-        monkeypatch.setattr(module, "_plans", Plans(module._plans._switch))
+    by_rows = (metadata._PADDED, metadata._COPY_NEXT, metadata._POSITION_SLOT, metadata._FILTERING)
+    for plans in (
+        *(module._plans for module in (_halves, norm, punica_kernels)),
+        *(metadata._ragged_plans, metadata._step_plans),
+        *(op.plans for op in by_rows),
+    ):
+        monkeypatch.setattr(plans, "_kept", {})
     driver = install(monkeypatch)
     driver.early = request.param
     return driver
@@ -345,7 +350,6 @@ def test_rows_apart_are_not_taken_for_rows_together(
 
 def test_the_ragged_result_is_new_in_each_call(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch serves results of any length, whose addresses and lengths it is handed."""
-    monkeypatch.setattr(metadata, "_ragged_plans", Plans())
     made = planned(monkeypatch, metadata._metadata_plan, "ragged")
     table, lengths = on_gpu((2, 8), INT32), [on_gpu((2,), INT32) for _ in range(2)]
 
@@ -381,3 +385,37 @@ def test_the_ragged_result_is_new_in_each_call(driver: Driver, monkeypatch: pyte
             wrong()
     assert call([0, 0], [0, 0]).shape == (0,)
     assert len(driver.launches) == count
+
+
+def test_metadata_is_one_launch_and_at_most_one_allocation(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first and again; of the whole decode step too, the schedule of its adapters included."""
+    made: list[tuple[int, ...]] = []
+    monkeypatch.setattr(_arrays, "empty", lambda shape, *rest: made.append(shape) or on_gpu(shape, *rest))
+    monkeypatch.setattr(_cubins, "start", lambda kernels, arch: None)
+    batch = cupy_lora.LoraBatch(8, max_adapters=4)
+
+    def ints(*shape: int) -> Array:
+        return on_gpu(shape, INT32)
+
+    tables = {"block_tables": ints(4, 32), "max_current_length": 16}
+    ragged = {"input_lengths": [1] * 4, "cache_lengths": [3, 15, 0, 2]}
+    ragged |= {"input_lengths_tensor": ints(4), "cache_lengths_tensor": ints(4)}
+    step = {"input_lengths": ints(4), "cache_lengths": ints(4), "cu_slots": ints(5), "position_ids": ints(4)}
+    step |= {"slot_indices": ints(4), "block_tables_ragged": ints(24), "cu_seqlen": ints(5), "ragged_indptr": ints(5)}
+    calls: list[tuple[int, Callable[[], object]]] = [
+        (1, lambda: cupy_lora.block_tables_to_ragged(**tables, **ragged)),
+        (0, lambda: cupy_lora.block_tables_to_ragged(**tables, **ragged, out=ints(24))),
+        (0, lambda: cupy_lora.block_tables_to_padded(8, ints(5), ints(4, 8), ints(20))),
+        (0, lambda: cupy_lora.copy_next_input_ids_inplace(1, ints(4, 8), *(ints(4) for _ in range(4)), ints(5))),
+        (0, lambda: cupy_lora.prepare_position_slot_ids(1, ints(4), ints(5), ints(5), ints(4), ints(4))),
+        (0, lambda: cupy_lora.slots_filtering(8, ints(99), ints(50), ints(5), ints(4))),
+        (0, lambda: cupy_lora.prepare_decode_step(**tables, **step)),
+        (0, lambda: cupy_lora.prepare_decode_step(**tables, **step, batch=batch, adapter_indices=ints(4))),
+    ]
+    for allocations, call in calls:
+        for _ in range(2):
+            made.clear()
+            driver.launches.clear()
+            call()
+            assert (len(driver.launches), len(made)) == (1, allocations)
+    assert batch.num_tokens == 4
