@@ -83,7 +83,7 @@ def host_target(op: str, arrays: str) -> float | None:
     """Microseconds per call to stay under."""
     if op.startswith("add_lora"):
         return targets.HOST_ADD_LORA[arrays]
-    return targets.HOST_METADATA if op in bench_metadata.BUILDERS else None
+    return targets.HOST_METADATA if op in {function for function, _ in targets.METADATA} else None
 
 
 def cases() -> list[Case]:

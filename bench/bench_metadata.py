@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import targets
+from .bench_lora import device_of
 from .harness import Rig
 from .model import Case, Work
 
@@ -21,7 +22,10 @@ NEEDS = (
     "copy_next_input_ids_inplace",
     "prepare_position_slot_ids",
     "slots_filtering",
+    "prepare_decode_step",
+    "LoraBatch",
 )
+STEPS = tuple(("prepare_decode_step", batch) for batch in (64, 256))  # no other library has such a call
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def step_bytes(step: Step) -> int:
         return 16 * total + 2 * tables
     if step.function == "prepare_position_slot_ids prefill":
         return 12 * total + 3 * tables
+    if step.function == "prepare_decode_step":
+        return 8 * total + 12 * step.batch + 7 * tables
     return 12 * step.batch + 4 * tables
 
 
@@ -61,7 +67,7 @@ def _case(function: str, batch: int) -> Case:
 
 
 def cases() -> list[Case]:
-    return [_case(*key) for key in targets.METADATA]
+    return [_case(*key) for key in (*targets.METADATA, *STEPS)]
 
 
 def shrunk(case: Case) -> Case:
@@ -170,6 +176,36 @@ def _filtering(step: Step, rig: Rig) -> Call:
     return Call(functools.partial(slots_filtering, *arguments), (out,), (want,))
 
 
+def _decode_step(step: Step, rig: Rig) -> Call:
+    """One new token of every sequence, 16 adapters in turn."""
+    from cupy_lora import LoraBatch, prepare_decode_step
+
+    total = lengths(step)
+    slot_starts, bounds = _offsets(total), _offsets(np.ones(step.batch, np.int32))
+    tables = np.arange(step.batch * step.longest, dtype=np.int32).reshape(step.batch, step.longest)
+    results = {
+        "position_ids": rig.zeros((step.batch,), np.int32),
+        "slot_indices": rig.zeros((step.batch,), np.int64),
+        "block_tables_ragged": rig.zeros((int(total.sum()),), np.int32),
+        "cu_seqlen": rig.zeros((step.batch + 1,), np.int32),
+        "ragged_indptr": rig.zeros((step.batch + 1,), np.int32),
+    }
+    run = functools.partial(
+        prepare_decode_step,
+        block_tables=rig.array(tables),
+        input_lengths=rig.array(np.ones(step.batch, np.int32)),
+        cache_lengths=rig.array((total - 1).astype(np.int32)),
+        cu_slots=rig.array(slot_starts),
+        max_current_length=int(total.max()),
+        batch=LoraBatch(step.batch, max_adapters=16, **device_of(rig)),
+        adapter_indices=rig.array((np.arange(step.batch) % 16).astype(np.int32)),
+        **results,
+    )
+    ragged = np.concatenate([tables[i, :n] for i, n in enumerate(total)])
+    want = (total - 1, (slot_starts[:-1] + total - 1).astype(np.int64), ragged, bounds, slot_starts)
+    return Call(run, tuple(results.values()), want)
+
+
 BUILDERS: dict[str, Callable[[Step, Rig], Call]] = {
     "block_tables_to_ragged": _ragged,
     "block_tables_to_padded": _padded,
@@ -177,6 +213,7 @@ BUILDERS: dict[str, Callable[[Step, Rig], Call]] = {
     "prepare_position_slot_ids decode": functools.partial(_positions, decode=True),
     "prepare_position_slot_ids prefill": functools.partial(_positions, decode=False),
     "slots_filtering": _filtering,
+    "prepare_decode_step": _decode_step,
 }
 
 

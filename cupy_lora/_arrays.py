@@ -393,7 +393,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], device: int) -> Any:
     """A new uninitialised array: NumPy on the host, CuPy on a GPU."""
     if device == CPU:
         return np.empty(shape, dtype)
-    cupy = _jit._cupy()
+    cupy = sys.modules.get("cupy") or _jit._cupy()
     if cupy.cuda.runtime.getDevice() == device:  # a third of what the context of a Device costs
         return cupy.ndarray(shape, dtype)
     with cupy.cuda.Device(device):

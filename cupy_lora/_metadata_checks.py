@@ -88,7 +88,8 @@ def sum_of_lengths(news: Sequence[int], caches: Sequence[int], width: int) -> in
 def _most_and_sum(lengths: Sequence[int]) -> tuple[int, int]:
     """The largest length, and the sum; -1 for the former where the lengths are to be looked at one by one."""
     first = lengths[0]
-    if lengths.count(first) == len(lengths):  # a decode step's one new token each: a tenth of what max() takes
+    # A decode step's one new token each: a tenth of what max() takes.
+    if first == lengths[-1] and lengths.count(first) == len(lengths):
         return first, first * len(lengths)
     try:
         array.array("I", lengths)  # refuses a negative one in half the time of min()
