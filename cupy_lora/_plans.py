@@ -129,8 +129,8 @@ Found = tuple[Kept | None, Hashable, list[int], Sequence[Any], bool]
 class Plans:
     """The launches of one op, by all that its checks and its plan look at.
 
-    An array enters the key with its shape, strides, dtype, device and its address modulo 16, a
-    scalar with its type (True is not 1). Whether arrays overlap is looked at on every call.
+    An array enters the key with its shape, strides (contiguous ones are alike), dtype, device and its
+    address modulo 16, a scalar with its type (True is not 1). Whether arrays overlap is looked at on every call.
 
     Parameters
     ----------
