@@ -79,26 +79,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #else
     Queries queries;
 #endif
-    // The output of a unit's heads, from the chunks in the workspace or from what is joined here (chunks: 0).
-    const auto write = [&](i32 sequence, i32 head, i32 first_slot, i32 chunks, i32 joints) {
-        const Heads heads = heads_of(head);
+    const auto store = [&](i32 sequence, const Heads& heads, int row, int column, Row state, float4 acc) {
+        const i64 index = static_cast<i64>(sequence) * (HEADS * GROUP) + heads.first + row;
+        store_quad(out + sequence * out_stride + (heads.first + row) * DIM, lse == nullptr ? nullptr : lse + index,
+                   column, state, acc);
+    };
+    // The output of a unit's heads, from what is joined here.
+    const auto write_joined = [&](i32 sequence, const Heads& heads, i32 joints) {
 #pragma unroll 1
         for (int pass = 0; pass < VALUE_UNITS; ++pass) {
             each_quad(pass, [&](int row, int column) {
                 if (row >= heads.count) return;
-                Row state = {minus_infinity(), 0.f};
-                float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
-                if (chunks != 0) {
-                    const i64 chunk = static_cast<i64>(first_slot) * (HEADS * GROUP) + heads.first + row;
-                    fold_partials(partials, chunk, chunks, column, state, acc);
-                } else {
-                    state = joined.rows[joints % 2 * ROWS + row];
-                    acc = *reinterpret_cast<const float4*>(joined.acc + row * DIM + column);
-                }
-                const i64 index = static_cast<i64>(sequence) * (HEADS * GROUP) + heads.first + row;
-                store_quad(out + sequence * out_stride + (heads.first + row) * DIM,
-                           lse == nullptr ? nullptr : lse + index, column, state, acc);
+                const float4 acc = *reinterpret_cast<const float4*>(joined.acc + row * DIM + column);
+                store(sequence, heads, row, column, joined.rows[joints % 2 * ROWS + row], acc);
             });
+        }
+    };
+    // The same from the chunks in the workspace. All columns at once: the launch may end with the trips of this loop.
+    const auto write_folded = [&](const Arrival& done) {
+        const Heads heads = heads_of(done.head);
+        const i64 first = static_cast<i64>(done.first_slot) * (HEADS * GROUP) + heads.first;
+#pragma unroll 1
+        for (int e = static_cast<int>(threadIdx.x); e < heads.count * (DIM / 4); e += 32 * WARPS) {
+            const int row = e / (DIM / 4);
+            const int column = e % (DIM / 4) * 4;
+            Row state = {minus_infinity(), 0.f};
+            float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
+            fold_partials(partials, first + row, done.chunks, column, state, acc);
+            store(done.sequence, heads, row, column, state, acc);
         }
     };
     Block block;
@@ -156,14 +164,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             }
         }
         if (finishes) {
-            const Arrival done = arrivals.arrival();
-            write(done.sequence, done.head, done.first_slot, done.chunks, 0);
+            write_folded(arrivals.arrival());
             crew.meet();  // all have read it
             crew.meet_again();
         }
         if (over) break;
         counting = goal.chunks != 0;
-        if (!counting) write(goal.sequence, step.head, 0, 0, joints);
+        if (!counting) write_joined(goal.sequence, heads, joints);
         if (counting && threadIdx.x == 0) arrivals.post(step.head, goal);
         joints = 0;
         clear(block);

@@ -15,7 +15,7 @@
 constexpr int PASS = 16 * UNIT_WORDS;  // columns joined at a time: those of a unit of all lanes
 constexpr int PART_ROW = PASS + 4;
 constexpr int QUADS = ROWS * (PASS / 4);  // float4s of a pass
-constexpr int FETCH = 8;                  // chunks that are read at a time
+constexpr int FETCH = 12;                 // chunks that are read at a time
 
 // Partial results of split sequences, slot after slot (one a chunk), each of all query heads.
 struct Partials {
