@@ -24,6 +24,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <list>
 #include <vector>
 
 namespace simt {
@@ -42,7 +43,7 @@ struct Config {  // mirrored by runner.py
     void* fault;          // out: the illegal address
 };
 
-enum Wait { READY, IN_WARP, IN_BLOCK, IN_CLUSTER, IN_MBARRIER, EXITED };
+enum Wait { READY, IN_WARP, IN_BLOCK, IN_CLUSTER, IN_MBARRIER, IN_NAMED, EXITED };
 
 struct Copy {
     void* to;
@@ -62,7 +63,7 @@ struct Fiber {
     Warp* warp;
     const void* mbarrier;
     unsigned parity, cluster_phase, group;
-    bool in_cluster_barrier;
+    bool in_cluster_barrier, fenced;  // fenced: what barriers told it of is in order with matrix products
     std::vector<Copy> copies;
     Times seen;  // by thread of the block: what it did before that is done, as mbarriers say
     char* stack;
@@ -75,18 +76,47 @@ struct Meeting {  // of the lanes of one mask, kept under its lowest lane
     const char* what;
     int line;
 };
+struct Issue {  // of a warpgroup's product, by one lane
+    float* c;
+    unsigned eights;  // of columns
+    const unsigned* a;
+    unsigned long long a_matrix, b_matrix;
+    bool add, is_bf16;
+};
+struct Sums {  // accumulators of a warp that a product is under way to
+    unsigned eights;
+    float* at[WARP];
+    std::vector<float> values;
+};
+struct Product {  // a warp's part of one
+    unsigned eights, group;
+    bool a_shared, is_bf16, add;
+    unsigned a[WARP][4];
+    unsigned long long a_matrix, b_matrix;
+    std::vector<float>* sums;
+};
+constexpr unsigned UNDER_WAY = 0x7fc5a5a5;  // what those accumulators hold: a NaN
 struct Warp {
     Meeting meetings[WARP];
     void* data[WARP];
     unsigned ready, exited;
     Fiber* fibers;
     uint64_t since;  // of its last __syncwarp
+    std::vector<Product> products;
+    std::list<Sums> sums;
+    unsigned product_group;
+    size_t issued;
+    bool ordered;  // a wgmma_fence since the last wait
 };
 struct Mbarrier {
     void* at;
     int count, pending, tx;
     unsigned phase;
     Times told, seen;  // by those who arrived in this phase, and in those before
+};
+struct Named {
+    int count, arrived;
+    Times told, seen;
 };
 struct Store {  // what is under way to an mbarrier: a store, a copy, the arrival after copies
     unsigned char *to, *barrier, bytes[16];
@@ -111,6 +141,8 @@ struct Block {
     std::vector<Mbarrier> mbarriers;
     std::vector<Cell> cells;
     uint64_t since;  // of its last barrier
+    Named named[16];
+    std::vector<std::vector<std::pair<unsigned long long, unsigned long long>>> issued;  // products of a warpgroup
 };
 
 static Config* config;
@@ -272,7 +304,7 @@ void syncthreads(const char* file, int line) {
     if (b.arrived && (b.line != line || strcmp(b.file, file) != 0))
         fail("divergent __syncthreads: this thread is at line %d, others wait at line %d", line, b.line);
     b.file = file, b.line = line, ++b.arrived;
-    current->wait = IN_BLOCK;
+    current->wait = IN_BLOCK, current->fenced = false;
     open_block(b);
     park(current->wait, "__syncthreads");
 }
@@ -283,15 +315,16 @@ static void learn(Times& to, const Times& from) {
     for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 // The running thread arrives: those who wait learn what it did, and what it knows.
-static void tell(Mbarrier& m) {
+static void tell_times(Times& told) {
     if (!watched) return;
-    m.told.resize(config->block);
-    learn(m.told, current->seen);
+    told.resize(config->block);
+    learn(told, current->seen);
     const unsigned first = current->tid - current->lane;
     for (unsigned i = first; i < config->block && i < first + WARP; ++i)
-        m.told[i] = std::max(m.told[i], current->warp->since);
-    m.told[current->tid] = ++now;
+        told[i] = std::max(told[i], current->warp->since);
+    told[current->tid] = ++now;
 }
+static void tell(Mbarrier& m) { tell_times(m.told); }
 // Of all operations of a warp only __syncwarp orders memory.
 static void meet_memory(Warp& w, unsigned mask) {
     Times all;
@@ -515,7 +548,10 @@ void mbarrier_wait(const void* p, unsigned parity) {
     current->mbarrier = p, current->parity = parity;
     if (mbarrier_at(p, "mbarrier_wait").phase % 2 == parity) park(IN_MBARRIER, "mbarrier_wait");
     learn(current->seen, mbarrier_at(p, "mbarrier_wait").seen);
+    current->fenced = false;
 }
+
+#include "wgmma.h"
 
 // ---- clusters
 static void open_cluster() {
@@ -644,12 +680,14 @@ static unsigned turn(unsigned step, unsigned n) { return config->descending ? n 
 static void start_block(Block& b, unsigned rank, uint3 index) {
     b.index = index, b.arrived = b.exited = 0, b.since = ++now;
     b.mbarriers.clear();
-    b.warps.assign((config->block + WARP - 1) / WARP, Warp());
+    b.warps.clear(), b.warps.resize((config->block + WARP - 1) / WARP);
+    for (Named& n : b.named) n = Named();
+    b.issued.assign((b.warps.size() + 3) / 4, {});
     if (config->block % WARP) b.warps.back().exited = ~0u << config->block % WARP;
     for (unsigned tid = 0; tid < config->block; ++tid) {
         Fiber& f = b.fibers[tid];
         f.tid = tid, f.lane = tid % WARP, f.block = &b, f.warp = &b.warps[tid / WARP];
-        f.group = 0, f.in_cluster_barrier = false;
+        f.group = 0, f.in_cluster_barrier = f.fenced = false;
         f.copies.clear(), f.seen.clear();
         if (f.lane == 0) f.warp->fibers = &f;
         wake(f);
@@ -687,7 +725,7 @@ static void run_cluster(unsigned x, unsigned y, unsigned z) {
         if (!any && !deliver_awaited()) report_stuck();
     }
     if (!stores.empty()) fail("%zu asynchronous copies or stores under way when the cluster exited", stores.size());
-    for (const Block& b : blocks) finish_block(b);
+    for (const Block& b : blocks) finish_block(b), check_products(b);
 }
 
 static void run_grid() {
