@@ -89,6 +89,25 @@ CUPY_LORA_DEVICE void wgmma_fence_shared() {
 #endif
 }
 
+// The same for registers that a product reads: held after its wait, nothing else is put there before (the assembler
+// would move the wait ahead of what is).
+template <int N>
+CUPY_LORA_DEVICE void wgmma_hold(u32 (&a)[N][4]) {
+#ifndef CUPY_LORA_SIMT
+#pragma unroll
+    for (int n = 0; n < N; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+#endif
+}
+
+// What `v` is computed from stays ahead of a wait that follows. The assembler moves a wait up, and arithmetic down, to
+// the last branch between them: this is a branch that needs `v`, and is never taken for one that is not below 0.
+CUPY_LORA_DEVICE void stay_ahead(float v) {
+#ifndef CUPY_LORA_SIMT
+    asm volatile("{\n.reg .pred below;\nsetp.lt.f32 below, %0, 0f00000000;\n@below nanosleep.u32 0;\n}" ::"f"(v)
+                 : "memory");
+#endif
+}
+
 // Registers a thread of this warpgroup has from here on; all of its warps come here. A multiple of 8.
 template <int N>
 CUPY_LORA_DEVICE void take_registers() {

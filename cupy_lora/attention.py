@@ -242,13 +242,20 @@ def batch_prefill(
         attention.batch_prefill(*hosts, *sizes, out=oa.numpy(), lse=lse, causal=bool(causal), numbers=numbers)
     elif inputs[3].shape[0] and qa.shape[0]:
         lse_view = None if lse is None else view("lse", lse)
-        arrays = (*inputs, indptr, oa, lse_view)
+        facts = _jit.device_facts(device)
+        counters = None
+        if _attention_plan.choose_wgmma(qa.shape[2], rope is not None, facts.arch) is not None:
+            stream = None if device == CPU else stream_of(device, on_torch)
+            space = _workspace.for_stream(device, stream, 4 * _attention_plan.COUNTERS)
+            counters = _attention_plan.parts_of(space, qa, num_kv_heads)[2]
+        arrays = (*inputs, indptr, oa, lse_view, counters)
         if kept is not None:
             kept.run([0 if array is None else array.ptr for array in arrays], arrays, on_torch)
         else:
             shape = _attention_plan.shape_of(qa, oa, sizes[2], sizes[3], bool(causal), numbers)
-            facts = _jit.device_facts(device)
-            launch = _attention_plan.prefill(qa, oa, lse_view, indptr, inputs[1:], shape, sizes[1], numbers, facts)
+            launch = _attention_plan.prefill(
+                qa, oa, lse_view, indptr, inputs[1:], counters, shape, sizes[1], numbers, facts
+            )
             _plans.run(key, launch, arrays, on_torch)
     return (out, lse) if return_lse else out
 
