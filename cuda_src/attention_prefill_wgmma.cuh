@@ -13,9 +13,9 @@ constexpr int STEPS = DIM / 16;  // of k, of the scores
 constexpr int EIGHTS = TILE / 8;
 
 // Registers of a thread: 64 of scores, 64 of output and 32 of weights at head_dim 128 and tiles of 128, and the rest.
-constexpr int REGISTERS = CREWS == 2 ? 216 : 160;
-constexpr int REGISTERS_BRINGING = CREWS == 2 ? 72 : 32;
-static_assert(CREW * (CREWS * REGISTERS + REGISTERS_BRINGING) <= 65536, "a multiprocessor's registers");
+constexpr int REGISTERS = CREWS == 2 ? 216 : 152;
+constexpr int REGISTERS_BRINGING = CREWS == 2 ? 72 : 56;
+static_assert(CREWS == 2 || CREWS == 3, "as many registers are handed on as there are at the start");
 
 // A thread's part of 64 rows: rows g and g + 8 of its warp's 16, as attention_tile.cuh has them.
 struct State {

@@ -273,6 +273,11 @@ def parts_of(workspace: Array, q: Array, kv_heads: int) -> tuple[Array, Array, A
     )
 
 
+def counters_of(workspace: Array) -> Array:
+    """The counters that hand out units, in a workspace (bytes): zeros between launches."""
+    return Array(workspace.ptr, (TICKETS,), (1,), INT32, workspace.device, workspace.obj)
+
+
 def decode(
     q: Array,
     out: Array,
@@ -315,7 +320,7 @@ def prefill(
     numbers: Numbers,
     facts: DeviceFacts,
 ) -> Launch:
-    """Launch of ``batch_prefill``; ``counters``: those of :func:`parts_of`, where :func:`choose_wgmma` is not None."""
+    """Launch of ``batch_prefill``; ``counters``: see :func:`counters_of`, where :func:`choose_wgmma` is not None."""
     kernel, config = prefill_kernel(shape, facts.arch)
     tokens, _, dim = q.shape
     batch = qo_indptr.shape[0] - 1
