@@ -222,8 +222,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         float2* const far = near + NEAR * PAIRS;
         const i32 first = max(position(0), 0) / NEAR;
         const i32 last = max(position(rows - 1), 0) / NEAR;
-        fill_angles(near, NEAR, 0, 1, frequencies);
-        fill_angles(far, last - first + 1, first * NEAR, NEAR, frequencies);
+        fill_angles<THREADS>(near, NEAR, 0, 1, frequencies);
+        fill_angles<THREADS>(far, last - first + 1, first * NEAR, NEAR, frequencies);
         ptx::copy_async_wait<STAGES - 1>();
         __syncthreads();
         rotate_rows(queries, rows, near, far, first, [&](int row) { return max(position(row), 0); });
@@ -266,11 +266,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     });
 }
 #else
-// most: units there can be; counters: of units handed out (attention_prefill_stream.cuh).
+// most: units there can be; counters: of units handed out (attention_prefill_bring.cuh).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     batch_prefill_wgmma(const ELEMENT* q, ELEMENT* out, float* lse, const i32* qo_indptr, const i64* kv_ptrs,
-                        const i32* kv_indptr, const i32* last_page_offset, i32* counters, i64 q_stride, i64 out_stride,
-                        i32 num_ptrs, i32 batch, i32 tokens, i32 layer, i32 window, i32 most, float scale, float cap) {
+                        const i32* kv_indptr, const i32* last_page_offset, i32* counters, const Turns frequencies,
+                        i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 tokens, i32 layer, i32 window,
+                        i32 most, float scale, float cap) {
     ptx::begin_launch();
     CUPY_LORA_SHARED(memory);
     const Rings rings = carve_rings(memory);
@@ -280,7 +281,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (crew == CREWS) {
         ptx::leave_registers<REGISTERS_BRINGING>();
         const Cache cache = {kv_ptrs, kv_indptr, last_page_offset, num_ptrs};
-        bring(rings, Units(qo_indptr, cache, batch, tokens, window), cache, q, q_stride, layer, window, most, counters);
+        const Units units(qo_indptr, cache, batch, tokens, window);
+        bring(rings, units, cache, frequencies, q, q_stride, layer, window, most, counters);
     } else {
         ptx::take_registers<REGISTERS>();
         Crew(rings, crew).work(out, lse, out_stride, window, scale, cap);

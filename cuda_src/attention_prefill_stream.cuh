@@ -5,12 +5,14 @@
 // start of a unit (its ticket, tables, first pages) passes while the one before is multiplied. Queries have a ring of
 // their own, of two units; a unit's output takes the place of its queries.
 //
+// With ROPE, keys and queries are rotated where they have landed, a tile ahead of the products: keys have a stage more.
+//
 // Matrices lie as ptx_wgmma.cuh describes them: panels of 64 columns, rows of 128 bytes, 16-byte pieces permuted. They
 // come by cp.async, whose writes are not in order with what matrix products read until a fence says so: the threads
 // that multiply make it once a barrier has told them that the copies are done. (The thread that copies would have to
 // wait for its copies first.) The way back needs none: a product that is done is in order with what threads write then.
 #pragma once
-#include "attention_cache.cuh"
+#include "attention_angles.cuh"
 #include "ptx_wgmma.cuh"
 
 constexpr int THREADS = 32 * WARPS;
@@ -18,15 +20,24 @@ constexpr int CREW = 128;                                // threads of a warpgro
 constexpr int CREWS = WARPS / 4 - 1;                     // warpgroups that multiply, 64 rows each; the last one brings
 constexpr int ROWS = 64 * CREWS;                         // of a unit
 constexpr int QUERY_STAGES = 2;
-constexpr int SIDE_BYTES = TILE * DIM * 2;               // of a tile's keys, or values
+constexpr int KEY_STAGES = STAGES + ROPE;
+constexpr int SIDE_BYTES = TILE * DIM * 2;  // of a tile's keys, or values
 constexpr int QUERY_BYTES = ROWS * DIM * 2;
-constexpr int LANE_KEYS = TILE / 4;                      // keys of a tile that a warp brings; a lane finds one's page
-constexpr int ROWS_AT_ONCE = 32 / PIECES;                // that a warp copies by one instruction
-constexpr int STREAM_BARRIER = 1;                        // of the threads that bring; TURN_BARRIER + crew, ROWS_BARRIER + crew
+constexpr int LANE_KEYS = TILE / 4;        // keys of a tile that a warp brings; a lane finds one's page
+constexpr int ROWS_AT_ONCE = 32 / PIECES;  // that a warp copies by one instruction
+// Barriers: of the threads that bring; of each crew's turn; of each crew's rows.
+constexpr int STREAM_BARRIER = 1;
 constexpr int TURN_BARRIER = 2;
 constexpr int ROWS_BARRIER = TURN_BARRIER + CREWS;
 
-static_assert(DIM % 64 == 0 && PIECES <= 32 && LANE_KEYS <= 32 && LANE_KEYS % 8 == 0, "whole panels");
+// With ROPE: the angles' tables.
+constexpr int FAR = (ROWS / GROUP + 1) / NEAR + 2;        // entries of the far table of the queries
+constexpr int TURNED_AT_ONCE = 32 / LANES;                // keys of a tile that a warp rotates by one instruction
+constexpr int TURN_STEP = TURNED_AT_ONCE / 4 * 16;        // positions from one of them to the next of the same lane
+constexpr int RENEWAL = ceil_div(96 * TURN_STEP, TILE);   // tiles, after which the angles are worked out anew
+constexpr int ANGLE_BYTES = ROPE ? (2 * CREW * 8 + (1 + NEAR + FAR) * PAIRS) * 8 : 0;
+
+static_assert(DIM % 64 == 0 && DIM <= 128 && LANE_KEYS <= 32 && LANE_KEYS % TURNED_AT_ONCE == 0, "whole panels");
 
 // Where a 16-byte piece lies in a matrix of `rows` rows.
 CUPY_LORA_DEVICE int place_of(int rows, int row, int piece) {
@@ -74,39 +85,44 @@ struct Turn {
 };
 
 struct Rings {
-    u8* keys;     // [STAGES] matrices [TILE][DIM]
-    u8* values;   // the same
+    u8* keys;     // [KEY_STAGES] matrices [TILE][DIM]
+    u8* values;   // [STAGES], the same
     u8* queries;  // [QUERY_STAGES] matrices [ROWS][DIM]
     // What has landed, and what may be overwritten:
-    u64 *full_keys, *full_values, *empty_keys, *empty_values;  // [STAGES]
-    u64 *full_queries, *empty_queries;                         // [QUERY_STAGES]
-    Unit* units;                                               // [QUERY_STAGES]
-    i32* tickets;                                              // [QUERY_STAGES]
+    u64 *full_keys, *empty_keys;        // [KEY_STAGES]
+    u64 *full_values, *empty_values;    // [STAGES]
+    u64 *full_queries, *empty_queries;  // [QUERY_STAGES]
+    Unit* units;                        // [QUERY_STAGES]
+    i32* tickets;                       // [QUERY_STAGES]
+    u8* angles;                         // [ANGLE_BYTES]
 };
 
 CUPY_LORA_DEVICE Rings carve_rings(u8* shared) {
     Rings rings;
     shared = ptx::align_shared(shared);
-    rings.keys = carve<u8>(shared, STAGES * SIDE_BYTES);
+    rings.keys = carve<u8>(shared, KEY_STAGES * SIDE_BYTES);
     rings.values = carve<u8>(shared, STAGES * SIDE_BYTES);
     rings.queries = carve<u8>(shared, QUERY_STAGES * QUERY_BYTES);
-    rings.full_keys = carve<u64>(shared, 4 * STAGES + 2 * QUERY_STAGES);
-    rings.full_values = rings.full_keys + STAGES;
-    rings.empty_keys = rings.full_values + STAGES;
-    rings.empty_values = rings.empty_keys + STAGES;
+    rings.full_keys = carve<u64>(shared, 2 * (KEY_STAGES + STAGES + QUERY_STAGES));
+    rings.empty_keys = rings.full_keys + KEY_STAGES;
+    rings.full_values = rings.empty_keys + KEY_STAGES;
+    rings.empty_values = rings.full_values + STAGES;
     rings.full_queries = rings.empty_values + STAGES;
     rings.empty_queries = rings.full_queries + QUERY_STAGES;
     rings.units = carve<Unit>(shared, QUERY_STAGES);
     rings.tickets = carve<i32>(shared, QUERY_STAGES);
+    rings.angles = carve<u8>(shared, ANGLE_BYTES);
     return rings;
 }
 
 // By one thread; a block's barrier follows.
 CUPY_LORA_DEVICE void begin_rings(const Rings& rings) {
-    for (int i = 0; i < STAGES; ++i) {
+    for (int i = 0; i < KEY_STAGES; ++i) {
         ptx::mbarrier_init(rings.full_keys + i, CREW);
-        ptx::mbarrier_init(rings.full_values + i, CREW);
         ptx::mbarrier_init(rings.empty_keys + i, 4 * CREWS);
+    }
+    for (int i = 0; i < STAGES; ++i) {
+        ptx::mbarrier_init(rings.full_values + i, CREW);
         ptx::mbarrier_init(rings.empty_values + i, 4 * CREWS);
     }
     for (int i = 0; i < QUERY_STAGES; ++i) {
@@ -171,98 +187,74 @@ class Units {
     i64 passed_;  // tiles of those that are
 };
 
-// A warp's rows of a tile, whose addresses the lanes hold (0: zeros).
-CUPY_LORA_DEVICE void copy_keys(u8* side, u64 address, i64 offset) {
+// A warp brings, and rotates, 4 of each 16 keys of a tile: the number of its i-th key in the tile.
+CUPY_LORA_DEVICE int key_of(int i) { return i / 4 * 16 + static_cast<int>(threadIdx.x) % CREW / 32 * 4 + i % 4; }
+
+// A warp's keys (or values) of a tile, whose addresses the lanes hold (0: zeros).
+CUPY_LORA_DEVICE void copy_side(u8* side, u64 address, i64 offset) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int piece = lane % PIECES;
-    side += place_of(TILE, static_cast<int>(threadIdx.x) % CREW / 32 * LANE_KEYS, 0);
-    // Eight rows at a time, and not all at once: there are few registers here.
-#pragma unroll 1
-    for (int first = 0; first < LANE_KEYS; first += 8) {
+    // Four rows at a time, and not all at once: there are few registers here.
+#pragma unroll 2
+    for (int first = 0; first < LANE_KEYS; first += 4) {
 #pragma unroll
-        for (int i = 0; i < 8; i += ROWS_AT_ONCE) {
-            const int row = i + lane / PIECES;
-            const u64 from = __shfl_sync(0xffffffffu, address, first + row);
-            ptx::copy_async_16(side + place_of(TILE, row, piece),
+        for (int i = 0; i < 4; i += ROWS_AT_ONCE) {
+            const int own = i + lane / PIECES;
+            const u64 from = __shfl_sync(0xffffffffu, address, first + own);
+            ptx::copy_async_16(side + place_of(TILE, key_of(own), piece),
                                reinterpret_cast<const u8*>(from) + offset + piece * 16, from != 0);
         }
-        side += 8 * 128;
+        side += 16 * 128;
     }
 }
 
-// The warpgroup that brings. tickets: units handed out beyond the grid's own, and blocks that want no more; zeros
-// between launches. most: units there can be, whatever the tables say.
-CUPY_LORA_DEVICE void bring(const Rings& rings, Units units, const Cache& cache, const ELEMENT* q, i64 q_stride, i32 layer,
-                            i32 window, i32 most, i32* tickets) {
-    const int thread = static_cast<int>(threadIdx.x) % CREW;
-    Turn<STAGES> stage = {0, 1};  // the parity with which a stage is waited for: empty at first
-    Turn<QUERY_STAGES> entry = {0, 1};
-    i64 number = blockIdx.x;
-    for (;;) {
-        Unit unit;
-        const bool more = number < most && units.find(number, unit);
-        ptx::mbarrier_wait_block(rings.empty_queries + entry.slot, entry.parity);
-        u64* const landed = rings.full_queries + entry.slot;
-        if (!more) {
-            if (thread == 0) {
-                rings.units[entry.slot].count = -1;
-                ptx::mbarrier_arrive(landed);
-            }
-            ptx::mbarrier_arrive(landed);
-            break;
-        }
-        const Rows rows = {unit, window};
-        i32 ticket = 0;
-        if (thread == 0) {
-            ticket = atomicAdd(tickets, 1);  // looked at once the unit's copies are under way
-            rings.units[entry.slot] = unit;
-            ptx::mbarrier_arrive(landed);
-        }
-        const i32 count = rows.count();
-        const int piece = thread % PIECES;
-#pragma unroll 2
-        for (int row = thread / PIECES; row < ROWS; row += CREW / PIECES) {
-            u8* const to = rings.queries + entry.slot * QUERY_BYTES + place_of(ROWS, row, piece);
-            const ELEMENT* const from = q + rows.token(row) * q_stride + rows.head(row) * DIM + piece * 8;
-            if constexpr (VECTORS) {
-                ptx::copy_async_16(to, from, row < count);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    reinterpret_cast<u16*>(to)[i] = row < count ? from[i].bits : static_cast<u16>(0);
-                }
-            }
-        }
-        if constexpr (VECTORS) {
-            ptx::copy_async_arrive(landed);
-        } else {
-            ptx::mbarrier_arrive(landed);
-        }
-        const Keys keys =
-            keys_of(cache, unit.length > 0 ? cache.kv_indptr[unit.sequence] : 0, unit.length, layer, unit.head);
-        // The key whose page this lane finds, a tile ahead of the copies that need it.
-        i32 position = unit.begin * TILE + thread / 32 * LANE_KEYS + min(thread % 32, LANE_KEYS - 1);
-        u64 page = unit.begin < unit.end ? page_at(keys, position) : 0;
-#pragma unroll 1
-        for (i32 tile = unit.begin; tile < unit.end; ++tile) {
-            const u64 address = address_in(keys, page, position);
-            position += TILE;
-            if (tile + 1 < unit.end) page = page_at(keys, position);
-            ptx::mbarrier_wait_block(rings.empty_keys + stage.slot, stage.parity);
-            copy_keys(rings.keys + stage.slot * SIDE_BYTES, address, 0);
-            ptx::copy_async_arrive(rings.full_keys + stage.slot);
-            ptx::mbarrier_wait_block(rings.empty_values + stage.slot, stage.parity);
-            copy_keys(rings.values + stage.slot * SIDE_BYTES, address, PAGE_SIDE);
-            ptx::copy_async_arrive(rings.full_values + stage.slot);
-            stage.next();
-        }
-        if (thread == 0) rings.tickets[entry.slot] = ticket;
-        ptx::barrier_meet(STREAM_BARRIER, CREW);
-        number = static_cast<i64>(gridDim.x) + static_cast<u32>(rings.tickets[entry.slot]);
-        entry.next();
+// What a warp brings of a unit's keys and values, tile after tile.
+class Tiles {
+  public:
+    CUPY_LORA_DEVICE Tiles(const Cache& cache, const Unit& unit, i32 layer)
+        : keys_(keys_of(cache, unit.length > 0 ? cache.kv_indptr[unit.sequence] : 0, unit.length, layer, unit.head)),
+          position_(unit.begin * TILE + key_of(min(static_cast<int>(threadIdx.x) % 32, LANE_KEYS - 1))),
+          page_(0) {
+        if (unit.begin < unit.end) page_ = page_at(keys_, position_);
     }
-    if (thread == 0) {
-        ptx::fence_gpu();
-        if (atomicAdd(tickets + 1, 1) == static_cast<i32>(gridDim.x) - 1) tickets[0] = tickets[1] = 0;
+
+    // The address of the lane's key of the next tile. more: whether another follows, whose page is looked up ahead.
+    CUPY_LORA_DEVICE u64 next(bool more) {
+        const u64 address = address_in(keys_, page_, position_);
+        position_ += TILE;
+        if (more) page_ = page_at(keys_, position_);
+        return address;
+    }
+
+  private:
+    const Keys keys_;
+    i32 position_;
+    u64 page_;
+};
+
+// Where a ring's next stage is, once it may be written.
+template <int SIZE>
+CUPY_LORA_DEVICE u8* stage_of(u8* sides, u64* empty, const Turn<SIZE>& turn) {
+    ptx::mbarrier_wait_block(empty + turn.slot, turn.parity);
+    return sides + turn.slot * SIDE_BYTES;
+}
+
+// Copies of the rows of a unit's queries; what is no row is zeros.
+CUPY_LORA_DEVICE void copy_queries(u8* queries, const Rows& rows, const ELEMENT* q, i64 q_stride) {
+    const int thread = static_cast<int>(threadIdx.x) % CREW;
+    const int piece = thread % PIECES;
+    const i32 count = rows.count();
+#pragma unroll 2
+    for (int row = thread / PIECES; row < ROWS; row += CREW / PIECES) {
+        u8* const to = queries + place_of(ROWS, row, piece);
+        const ELEMENT* const from = q + rows.token(row) * q_stride + rows.head(row) * DIM + piece * 8;
+        if constexpr (VECTORS) {
+            ptx::copy_async_16(to, from, row < count);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                reinterpret_cast<u16*>(to)[i] = row < count ? from[i].bits : static_cast<u16>(0);
+            }
+        }
     }
 }

@@ -1,21 +1,23 @@
 // Prefill by warpgroups (sm_90a): what the warpgroups do that multiply.
 //
-// Block: CREWS warpgroups with 64 rows each and one that brings what they multiply (attention_prefill_stream.cuh), until
+// Block: CREWS warpgroups with 64 rows each and one that brings what they multiply (attention_prefill_bring.cuh), until
 // there are no more units. Scores of the next tile are multiplied ahead of the output of this one, so that the softmax of
 // the next runs beside the products; with TURNS the warpgroups issue their products in turns, so that one multiplies
 // while the other has its softmax.
-// Shared memory, from a multiple of 1024 on: keys [STAGES][TILE][DIM], values the same, queries [QUERY_STAGES][ROWS][DIM]
-// (then the output); barriers [4 STAGES + 2 QUERY_STAGES]; units and tickets [QUERY_STAGES].
+// Shared memory, from a multiple of 1024 on: keys [KEY_STAGES][TILE][DIM], values [STAGES][TILE][DIM], queries
+// [QUERY_STAGES][ROWS][DIM] (then the output); barriers [2 (KEY_STAGES + STAGES + QUERY_STAGES)]; units and tickets
+// [QUERY_STAGES]; angles (ANGLE_BYTES).
 #pragma once
-#include "attention_prefill_stream.cuh"
+#include "attention_prefill_bring.cuh"
 
 constexpr int STEPS = DIM / 16;  // of k, of the scores
 constexpr int EIGHTS = TILE / 8;
 
-// Registers of a thread: 64 of scores, 64 of output and 32 of weights at head_dim 128 and tiles of 128, and the rest.
-constexpr int REGISTERS = CREWS == 2 ? 216 : 152;
-constexpr int REGISTERS_BRINGING = CREWS == 2 ? 72 : 56;
-static_assert(CREWS == 2 || CREWS == 3, "as many registers are handed on as there are at the start");
+// Registers of a thread: at head_dim 128 and tiles of 128, 64 of scores, 64 of output and 32 of weights, and the rest.
+// What those that bring leave of an even share is what the others take.
+constexpr int REGISTERS = CREWS == 3 ? 152 : ROPE ? 200 : 216;
+constexpr int REGISTERS_BRINGING = CREWS == 3 ? 56 : ROPE ? 104 : 72;
+static_assert(CREWS == 2 || CREWS == 3, "others are not worked out");
 
 // A thread's part of 64 rows: rows g and g + 8 of its warp's 16, as attention_tile.cuh has them.
 struct State {
@@ -132,7 +134,8 @@ class Crew {
         }
     }
 
-    CUPY_LORA_DEVICE void wait_for(u64* barriers, const Turn<STAGES>& turn) const {
+    template <int SIZE>
+    CUPY_LORA_DEVICE void wait_for(u64* barriers, const Turn<SIZE>& turn) const {
         ptx::mbarrier_wait_block(barriers + turn.slot, turn.parity);
     }
 
@@ -311,5 +314,6 @@ class Crew {
 
     const Rings& rings_;
     const int crew_;
-    Turn<STAGES> keys_, values_;
+    Turn<KEY_STAGES> keys_;
+    Turn<STAGES> values_;
 };

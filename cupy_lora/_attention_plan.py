@@ -108,11 +108,14 @@ def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
     return _aligned(rows * (2 * dim + 16), *staging, (warps + 1) * 8, 16, rows * 8)
 
 
-def wgmma_shared_bytes(dim: int, config: TileConfig) -> int:
+def wgmma_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) -> int:
     """Dynamic shared memory of batch_prefill_wgmma: the map in attention_prefill_wgmma.cuh."""
     queries = 2  # units whose queries are there
-    matrices = 2 * dim * (2 * config.stages * config.tile + queries * 64 * config.crews)
-    return 1024 + _aligned(matrices, (4 * config.stages + 2 * queries) * 8, queries * 32, queries * 4)
+    rows, key_stages = 64 * config.crews, config.stages + rope
+    matrices = 2 * dim * ((key_stages + config.stages) * config.tile + queries * rows)
+    far = ((rows // group) + 1) // 8 + 2
+    angles = 8 * (2 * 128 * 8 + (1 + 8 + far) * dim // 2) if rope else 0
+    return 1024 + _aligned(matrices, 16 * (key_stages + config.stages + queries), queries * 32, queries * 4, angles)
 
 
 @functools.cache
@@ -142,9 +145,9 @@ def choose_decode(dim: int, group: int, page_size: int, rope: bool, arch: int) -
 @functools.cache
 def choose_wgmma(dim: int, rope: bool, arch: int) -> TileConfig | None:
     """The block of prefill by warpgroup products; None where there is none (other architectures, other shapes)."""
-    if arch != 90 or rope or dim not in (64, 128):
+    if arch != 90 or dim not in (64, 128):
         return None
-    return TileConfig(warps=12, tile=128, stages=2, blocks=1, resident=1, crews=2, turns=True)
+    return TileConfig(warps=12, tile=96 if rope else 128, stages=2, blocks=1, resident=1, crews=2, turns=True)
 
 
 @functools.cache
@@ -216,7 +219,7 @@ def prefill_kernel(shape: Shape, arch: int) -> tuple[Kernel, TileConfig]:
 def wgmma_kernel(shape: Shape, config: TileConfig) -> Kernel:
     """A specialisation of batch_prefill_wgmma."""
     own = (("MODE", 2), ("TURNS", int(config.turns)), ("CAUSAL", int(shape.causal)), (ARCH_SPECIFIC, 1))
-    shared = wgmma_shared_bytes(shape.dim, config)
+    shared = wgmma_shared_bytes(shape.dim, shape.group, shape.rope, config)
     return Kernel("attention", "batch_prefill_wgmma", (*own, *_defines(shape, config)), 32 * config.warps, shared)
 
 
@@ -328,17 +331,13 @@ def prefill(
     tiles = tokens * shape.group // rows + min(batch, tokens)  # at most: one begun tile a sequence
     units = tiles * shape.kv_heads
     arrays = q, out, lse, qo_indptr, *tables
+    turns = frequencies(dim, numbers.rope)
     strides = _row_stride(q), _row_stride(out)
     sizes = tables[0].shape[0], batch, tokens, layer_idx, min(numbers.window or 0, 2**31 - 1)
     if config.crews:
         most = min(units, 2**31 - 1)
-        args = (*arrays, counters, *strides, *(np.int32(n) for n in (*sizes, most)), *_scales(numbers))
+        ints = (np.int32(n) for n in (*sizes, most))
+        args = (*arrays, counters, turns, *strides, *ints, *_scales(numbers))
         return Launch(kernel, (min(config.resident * facts.sm_count, units), 1, 1), args)
-    args = (
-        *arrays,
-        frequencies(dim, numbers.rope),
-        *strides,
-        *(np.int32(n) for n in sizes),
-        *_scales(numbers),
-    )
+    args = (*arrays, turns, *strides, *(np.int32(n) for n in sizes), *_scales(numbers))
     return Launch(kernel, (units, 1, 1), args)
