@@ -7,8 +7,8 @@
 // with j > p(i) - window; p(i) = kv_len - qo_len + i is the query's position. With ROPE, q and k are rotated by their
 // positions first. q, out: (tokens, HEADS * GROUP, DIM) with contiguous rows; a page is [layers, 2, HEADS, PAGE, DIM].
 //
-// Products by mma.sync (wgmma in MODE 2) with float32 sums, softmax in float32; weights are rounded to the 16-bit type for their product
-// with the values, rotated queries and keys for theirs, the output once.
+// Products by mma.sync (wgmma in MODE 2) with float32 sums, softmax in float32; weights are rounded to the 16-bit type
+// for their product with the values, rotated queries and keys for theirs, the output once.
 //
 // Tables in device memory are not trusted (length_of, key_address; rows of the queries): what is out of range is empty.
 // A sequence without keys gives zeros and -inf. The bits of a row depend on its sequence alone.

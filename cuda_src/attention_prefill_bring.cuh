@@ -56,7 +56,7 @@ class Rotation {
         for (int i = 0; i < 4; ++i) angles.two[i] = from[i * CREW + static_cast<int>(threadIdx.x) % CREW];
         uint4* low = piece(keys, TILE, key_of(lane / LANES), unit);
         uint4* high = piece(keys, TILE, key_of(lane / LANES), unit + LANES);
-#pragma unroll 1
+#pragma unroll(LANE_KEYS / TURNED_AT_ONCE % 2 == 0 ? 2 : 1)
         for (int i = 0; i < LANE_KEYS; i += TURNED_AT_ONCE) {
             rotate_pieces(low, high, angles);
             angles = added(angles, angles_of(step_, 0, unit));  // read again: there are no registers to keep it

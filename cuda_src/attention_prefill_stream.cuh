@@ -16,9 +16,9 @@
 #include "ptx_wgmma.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int CREW = 128;                                // threads of a warpgroup
-constexpr int CREWS = WARPS / 4 - 1;                     // warpgroups that multiply, 64 rows each; the last one brings
-constexpr int ROWS = 64 * CREWS;                         // of a unit
+constexpr int CREW = 128;             // threads of a warpgroup
+constexpr int CREWS = WARPS / 4 - 1;  // warpgroups that multiply, 64 rows each; the last one brings
+constexpr int ROWS = 64 * CREWS;      // of a unit
 constexpr int QUERY_STAGES = 2;
 constexpr int KEY_STAGES = STAGES + ROPE;
 constexpr int SIDE_BYTES = TILE * DIM * 2;  // of a tile's keys, or values
@@ -31,10 +31,10 @@ constexpr int TURN_BARRIER = 2;
 constexpr int ROWS_BARRIER = TURN_BARRIER + CREWS;
 
 // With ROPE: the angles' tables.
-constexpr int FAR = (ROWS / GROUP + 1) / NEAR + 2;        // entries of the far table of the queries
-constexpr int TURNED_AT_ONCE = 32 / LANES;                // keys of a tile that a warp rotates by one instruction
-constexpr int TURN_STEP = TURNED_AT_ONCE / 4 * 16;        // positions from one of them to the next of the same lane
-constexpr int RENEWAL = ceil_div(96 * TURN_STEP, TILE);   // tiles, after which the angles are worked out anew
+constexpr int FAR = (ROWS / GROUP + 1) / NEAR + 2;       // entries of the far table of the queries
+constexpr int TURNED_AT_ONCE = 32 / LANES;               // keys of a tile that a warp rotates by one instruction
+constexpr int TURN_STEP = TURNED_AT_ONCE / 4 * 16;       // positions from one of them to the next of the same lane
+constexpr int RENEWAL = ceil_div(96 * TURN_STEP, TILE);  // tiles, after which the angles are worked out anew
 constexpr int ANGLE_BYTES = ROPE ? (2 * CREW * 8 + (1 + NEAR + FAR) * PAIRS) * 8 : 0;
 
 static_assert(DIM % 64 == 0 && DIM <= 128 && LANE_KEYS <= 32 && LANE_KEYS % TURNED_AT_ONCE == 0, "whole panels");
@@ -61,9 +61,7 @@ struct Rows {
     }
     CUPY_LORA_DEVICE i64 token(int row) const { return static_cast<i64>(unit.start) + (unit.first_row + row) / GROUP; }
     CUPY_LORA_DEVICE int head(int row) const { return unit.head * GROUP + (unit.first_row + row) % GROUP; }
-    CUPY_LORA_DEVICE i32 position(int row) const {
-        return unit.length - unit.count + (unit.first_row + row) / GROUP;
-    }
+    CUPY_LORA_DEVICE i32 position(int row) const { return unit.length - unit.count + (unit.first_row + row) / GROUP; }
     // The keys a row sees: oldest .. newest - 1.
     CUPY_LORA_DEVICE i32 oldest(int row) const { return WINDOW ? max(position(row) - window + 1, 0) : 0; }
     CUPY_LORA_DEVICE i32 newest(int row) const {
@@ -132,8 +130,8 @@ CUPY_LORA_DEVICE void begin_rings(const Rings& rings) {
     ptx::mbarrier_init_fence();
 }
 
-// The units in the order of their numbers: heads innermost, the tiles of a sequence, and the sequences, from the last on,
-// so that those that see the most keys come first. A warp keeps one; the numbers it asks for ascend.
+// The units in the order of their numbers: heads innermost, the tiles of a sequence, and the sequences, from the last
+// on, so that those that see the most keys come first. A warp keeps one; the numbers it asks for ascend.
 class Units {
   public:
     CUPY_LORA_DEVICE Units(const i32* qo_indptr, const Cache& cache, i32 batch, i32 tokens, i32 window)

@@ -1,8 +1,8 @@
 // Prefill by warpgroups (sm_90a): what the warpgroups do that multiply.
 //
 // Block: CREWS warpgroups with 64 rows each and one that brings what they multiply (attention_prefill_bring.cuh), until
-// there are no more units. Scores of the next tile are multiplied ahead of the output of this one, so that the softmax of
-// the next runs beside the products; with TURNS the warpgroups issue their products in turns, so that one multiplies
+// there are no more units. Scores of the next tile are multiplied ahead of the output of this one, so that the softmax
+// of the next runs beside the products; with TURNS the warpgroups issue their products in turns, so that one multiplies
 // while the other has its softmax.
 // Shared memory, from a multiple of 1024 on: keys [KEY_STAGES][TILE][DIM], values [STAGES][TILE][DIM], queries
 // [QUERY_STAGES][ROWS][DIM] (then the output); barriers [2 (KEY_STAGES + STAGES + QUERY_STAGES)]; units and tickets
@@ -29,10 +29,10 @@ struct Span {
     i32 first, end;
 };
 
-// Scores to weights, in place. factor: what the rows' accumulators are to be multiplied with. visible: the keys that the
-// two rows see, looked at where `masked`.
-CUPY_LORA_DEVICE void weigh(float (&s)[EIGHTS][4], State& state, float (&factor)[2], float scale, float cap, bool masked,
-                            const Span (&visible)[2]) {
+// Scores to weights, in place. factor: what the rows' accumulators are to be multiplied with. visible: the keys that
+// the two rows see, looked at where `masked`.
+CUPY_LORA_DEVICE void weigh(float (&s)[EIGHTS][4], State& state, float (&factor)[2], float scale, float cap,
+                            bool masked, const Span (&visible)[2]) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if constexpr (SOFT_CAP) {
 #pragma unroll
@@ -90,7 +90,7 @@ CUPY_LORA_DEVICE void pack(u32 (&weights)[TILE / 16][4], const float (&s)[EIGHTS
     for (int j = 0; j < TILE / 16; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float(&from)[4] = s[2 * j + i / 2];
+            const float (&from)[4] = s[2 * j + i / 2];
             weights[j][i] = pack2(from[i % 2 * 2], from[i % 2 * 2 + 1], ELEMENT{});
         }
     }

@@ -148,20 +148,19 @@ CUPY_LORA_DEVICE void barrier_arrive(int barrier, int threads) {
 #define CUPY_LORA_ACC_8(c) CUPY_LORA_ACC_4(c, 0), CUPY_LORA_ACC_4(c, 4)
 #define CUPY_LORA_ACC_12(c) CUPY_LORA_ACC_8(c), CUPY_LORA_ACC_4(c, 8)
 #define CUPY_LORA_ACC_16(c) CUPY_LORA_ACC_12(c), CUPY_LORA_ACC_4(c, 12)
-#define CUPY_LORA_NAMES_32 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define CUPY_LORA_NAMES_48 \
-    CUPY_LORA_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define CUPY_LORA_NAMES_64 \
-    CUPY_LORA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define CUPY_LORA_NAMES_32                                                                                            \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%" \
+    "30,%31"
+#define CUPY_LORA_NAMES_48 CUPY_LORA_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define CUPY_LORA_NAMES_64 CUPY_LORA_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 // Both matrices from shared memory, k along the rows of both; `add`: whether c counts, or is overwritten.
-#define CUPY_LORA_WGMMA_SHARED(shape, type, names, a, b, add)                              \
+#define CUPY_LORA_WGMMA_SHARED(shape, type, names, a, b, add)                                                     \
     "{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type \
     " {" names "}, " a ", " b ", add, 1, 1, 0, 0;\n}"
 // a from registers, b with the columns along its rows.
-#define CUPY_LORA_WGMMA_MIXED(shape, type, names, a, b) \
-    "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type \
-    " {" names "}, {" a "}, " b ", add, 1, 1, 1;\n}"
+#define CUPY_LORA_WGMMA_MIXED(shape, type, names, a, b)                                                                \
+    "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names \
+    "}, {" a "}, " b ", add, 1, 1, 1;\n}"
 
 CUPY_LORA_DEVICE void wgmma_along_k(float (&c)[8][4], u64 a, u64 b, bool add, bf16) {
 #ifndef CUPY_LORA_SIMT

@@ -84,9 +84,11 @@ extern "C" __global__ void __launch_bounds__(128) across_k(const u16* a, const u
         ptx::wgmma_across_k(sum, words[k], ptx::matrix_across_k(right, DEPTH * 128) + k * 128, ELEMENT{});
     }
     ptx::wgmma_commit();
+    ptx::stay_ahead(static_cast<float>(lane));
     ptx::wgmma_wait<1>();
     ptx::wgmma_wait<0>();
     ptx::wgmma_hold(sum);
+    ptx::wgmma_hold(words);
     store(sum, c);
 }
 #endif

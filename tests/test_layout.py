@@ -1,4 +1,4 @@
-"""The shape of the repository: one stem an op, assembly in files of its own, kernels that stand alone, a light import."""
+"""The shape of the repository: one stem an op, assembly apart, kernels that stand alone, a light import."""
 
 from __future__ import annotations
 

@@ -118,24 +118,31 @@ def test_kernels_of_one_architecture_are_compiled_for_it_alone() -> None:
 
 
 # ---- what the CPU runner notices -----------------------------------------------------------------
-FAULTS = {
-    "no fence of registers": (("    ptx::wgmma_fence();\n#pragma unroll\n    for (int k = 0; k < DEPTH / 16", "#pragma unroll\n    for (int k = 0; k < DEPTH / 16"), "without wgmma_fence"),
-    "no fence of shared memory": (("    ptx::wgmma_fence_shared();\n    const int lane", "    const int lane"), "has not called wgmma_fence_shared"),
-    "no wait": (("    ptx::wgmma_wait<1>();\n    ptx::wgmma_wait<0>();\n", ""), "exited with products under way"),
-    "a group is left": (("    ptx::wgmma_wait<0>();\n    ptx::wgmma_hold(sum);\n    store(sum, c);\n}\n#endif", "    ptx::wgmma_hold(sum);\n    store(sum, c);\n}\n#endif"), "exited with products under way"),
-    "accumulators are touched": (("    ptx::wgmma_wait<1>();\n", "    sum[0][0] = 1.f;\n    ptx::wgmma_wait<1>();\n"), "was written before its product was waited for"),
-    "no barrier": (("    __syncthreads();\n    ptx::wgmma_fence_shared();\n    const int lane", "    ptx::wgmma_fence_shared();\n    const int lane"), "a race"),
-    "one warp does less": (("        ptx::wgmma_across_k(", "        if (k < 3 || threadIdx.x < 96) ptx::wgmma_across_k("), "took part in"),
-}  # fmt: skip
+FAULTS = {  # in across_k: what is replaced, by what, what is said
+    "no fence of registers": ("    ptx::wgmma_fence();\n", "", "without wgmma_fence"),
+    "no fence of shared memory": ("    ptx::wgmma_fence_shared();\n", "", "has not called wgmma_fence_shared"),
+    "no wait": ("    ptx::wgmma_wait<1>();\n    ptx::wgmma_wait<0>();\n", "", "exited with products under way"),
+    "a group is left": ("    ptx::wgmma_wait<0>();\n", "", "exited with products under way"),
+    "accumulators are touched": ("ptx::wgmma_wait<1>", "sum[0][0] = 1.f, ptx::wgmma_wait<1>", "was written before"),
+    "no barrier": ("    __syncthreads();\n", "", "a race"),
+    "a warp does less": ("ptx::wgmma_across", "if (k < 3 || threadIdx.x < 96) ptx::wgmma_across", "took part in"),
+    "a row too far": (
+        "ptx::matrix_across_k(right,",
+        "ptx::matrix_across_k(right + 128,",
+        "is not in the first row of 8",
+    ),
+}
 
 
 @pytest.mark.simt
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_noticed(fault: str, tmp_path: Path) -> None:
-    (old, new), message = FAULTS[fault]
-    source = KERNELS.read_text()
-    assert source.count(old) == 1
-    (tmp_path / "changed.cu").write_text(source.replace(old, new))
+    old, new, message = FAULTS[fault]
+    before, kernels = KERNELS.read_text().split("across_k(const u16* a", 1)
+    body, after = kernels.split("#endif", 1)
+    assert body.count(old) == 1
+    changed = f"{before}across_k(const u16* a{body.replace(old, new)}#endif{after}"
+    (tmp_path / "changed.cu").write_text(changed)
     one = dataclasses.replace(kernel("across_k", 128, 1024 + 64 * 64 * 2), source=str(tmp_path / "changed"))
     a, b, c = operands((64, 64), (64, 64), (64, 64), "bf16", True)
     with engines.running("simt") as engine, pytest.raises(runner.SimtError, match=message):

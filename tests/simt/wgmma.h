@@ -132,8 +132,8 @@ static void finish_products(Warp& w, unsigned groups) {
 static void issue(void* const* data, unsigned) {
     Warp& w = *current->warp;
     const Issue& first = *static_cast<Issue*>(data[0]);
-    Product p = {first.eights, w.product_group, first.a == nullptr, first.is_bf16, first.add, {},
-                 first.a_matrix, first.b_matrix, nullptr};
+    Product p = {first.eights, w.product_group, first.a == nullptr, first.is_bf16, first.add,
+                 {},           first.a_matrix,  first.b_matrix,     nullptr};
     if (!w.ordered) fail("wgmma: without wgmma_fence after accumulators were last used");
     for (unsigned lane = 0; lane < WARP; ++lane) {
         const Issue& one = *static_cast<Issue*>(data[lane]);
