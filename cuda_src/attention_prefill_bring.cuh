@@ -34,7 +34,7 @@ class Rotation {
         const int unit = thread % LANES;
         const i32 first = max(rows.position(0), 0) / NEAR;
         const i32 count = rows.count();
-#pragma unroll 1
+#pragma unroll 2
         for (int row = thread / LANES; row < count; row += CREW / LANES) {
             const i32 at = max(rows.position(row), 0);
             const Angles angles = added(angles_of(near_, at % NEAR, unit), angles_of(far_, at / NEAR - first, unit));
