@@ -75,6 +75,13 @@ def test_prefill_without_warpgroup_products(case: Case) -> None:
         check(engine, case)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_prefill_renews_its_angles(dim: int) -> None:
+    """Over more tiles than angles are turned on from one to the next; three queries more than fit in one block."""
+    with on_cpu() as engine:
+        check(engine, Case((3200 if dim == 64 else 1700,), (131,), 1, 1, dim, 100, rope="llama", shared=True))
+
+
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[TileConfig], None]]:
     """Makes batch_prefill take this block of warpgroups."""

@@ -18,6 +18,9 @@ void named_barrier(int number, int count, bool waits) {
         current->mbarrier = &n;
         park(IN_NAMED, "a named barrier");
     } else {
+        bool awaited = waits;
+        for (const Fiber& f : b.fibers) awaited |= f.wait == IN_NAMED && f.mbarrier == &n;
+        if (!awaited) fail("named barrier %d: all arrive and nobody waits", number);
         n.arrived = 0;
         n.seen.swap(n.told), n.told.clear();
         for (Fiber& f : b.fibers)
