@@ -108,35 +108,36 @@ CUPY_LORA_DEVICE void bring(const Rings& rings, Units units, const Cache& cache,
         ptx::copy_async_arrive(rings.full_values + value_stage.slot);
         value_stage.next();
     };
-    i64 number = blockIdx.x;
-    for (;;) {
-        Unit unit;
-        const bool more = number < most && units.find(number, unit);
+    Unit unit;
+    bool more = static_cast<i64>(blockIdx.x) < most && units.find(blockIdx.x, unit);
+    Tiles tiles(cache, unit, layer, more);
+    while (more) {
         ptx::mbarrier_wait_block(rings.empty_queries + entry.slot, entry.parity);
         u64* const landed = rings.full_queries + entry.slot;
-        if (!more) {
-            if (thread == 0) {
-                rings.units[entry.slot].count = -1;
-                ptx::mbarrier_arrive(landed);
-            }
-            ptx::mbarrier_arrive(landed);
-            break;
-        }
         const Rows rows = {unit, window};
         u8* const queries = rings.queries + entry.slot * QUERY_BYTES;
         i32 ticket = 0;
         if (thread == 0) {
-            ticket = atomicAdd(tickets, 1);  // looked at once the unit's copies are under way
+            ticket = atomicAdd(tickets, 1);  // looked at once the first copies are under way
             rings.units[entry.slot] = unit;
             ptx::mbarrier_arrive(landed);
         }
         copy_queries(queries, rows, q, q_stride);
-        Tiles tiles(cache, unit, layer);
+        const i32 begin = unit.begin, end = unit.end;
+        u64 address = 0;
+        // The unit after this one, and its first page: their chain of reads passes behind this one's copies.
+        Tiles following = tiles;
+        const auto look_ahead = [&] {
+            if (thread == 0) rings.tickets[entry.slot] = ticket;
+            ptx::barrier_meet(STREAM_BARRIER, CREW);
+            const i64 number = static_cast<i64>(gridDim.x) + static_cast<u32>(rings.tickets[entry.slot]);
+            more = number < most && units.find(number, unit);
+            following = Tiles(cache, unit, layer, more);
+        };
         if constexpr (ROPE) {
             ptx::copy_async_commit();
-            u64 address = 0;
-            if (unit.begin < unit.end) {
-                address = tiles.next(unit.begin + 1 < unit.end);
+            if (begin < end) {
+                address = tiles.next(begin + 1 < end);
                 bring_keys(address);
             }
             ptx::copy_async_commit();
@@ -145,20 +146,21 @@ CUPY_LORA_DEVICE void bring(const Rings& rings, Units units, const Cache& cache,
             ptx::barrier_meet(STREAM_BARRIER, CREW);  // the queries have landed, the tables are filled
             rotation.rotate_queries(queries, rows);
             ptx::mbarrier_arrive(landed);
+            look_ahead();
             // A tile's keys are under way while those of the one before are rotated; their values follow.
 #pragma unroll 1
-            for (i32 tile = unit.begin; tile < unit.end; ++tile) {
+            for (i32 tile = begin; tile < end; ++tile) {
                 const int slot = key_stage.slot;
                 key_stage.next();
                 const u64 behind = address;
-                if (tile + 1 < unit.end) {
-                    address = tiles.next(tile + 2 < unit.end);
+                if (tile + 1 < end) {
+                    address = tiles.next(tile + 2 < end);
                     bring_keys(address);
                 }
                 ptx::copy_async_commit();
                 ptx::copy_async_wait<1>();
                 __syncwarp();  // this warp's keys of the tile have landed
-                rotation.rotate_keys(rings.keys + slot * SIDE_BYTES, tile, tile == unit.begin);
+                rotation.rotate_keys(rings.keys + slot * SIDE_BYTES, tile, tile == begin);
                 ptx::mbarrier_arrive(rings.full_keys + slot);
                 bring_values(behind);
             }
@@ -169,19 +171,25 @@ CUPY_LORA_DEVICE void bring(const Rings& rings, Units units, const Cache& cache,
                 ptx::mbarrier_arrive(landed);
             }
 #pragma unroll 1
-            for (i32 tile = unit.begin; tile < unit.end; ++tile) {
-                const u64 address = tiles.next(tile + 1 < unit.end);
+            for (i32 tile = begin; tile < end; ++tile) {
+                address = tiles.next(tile + 1 < end);
                 bring_keys(address);
                 ptx::copy_async_arrive(rings.full_keys + key_stage.slot);
                 key_stage.next();
                 bring_values(address);
+                if (tile == begin) look_ahead();
             }
+            if (begin == end) look_ahead();
         }
-        if (thread == 0) rings.tickets[entry.slot] = ticket;
-        ptx::barrier_meet(STREAM_BARRIER, CREW);
-        number = static_cast<i64>(gridDim.x) + static_cast<u32>(rings.tickets[entry.slot]);
+        tiles = following;
         entry.next();
     }
+    ptx::mbarrier_wait_block(rings.empty_queries + entry.slot, entry.parity);
+    if (thread == 0) {
+        rings.units[entry.slot].count = -1;
+        ptx::mbarrier_arrive(rings.full_queries + entry.slot);
+    }
+    ptx::mbarrier_arrive(rings.full_queries + entry.slot);
     if (thread == 0) {
         ptx::fence_gpu();
         if (atomicAdd(tickets + 1, 1) == static_cast<i32>(gridDim.x) - 1) tickets[0] = tickets[1] = 0;

@@ -209,11 +209,12 @@ CUPY_LORA_DEVICE void copy_side(u8* side, u64 address, i64 offset) {
 // What a warp brings of a unit's keys and values, tile after tile.
 class Tiles {
   public:
-    CUPY_LORA_DEVICE Tiles(const Cache& cache, const Unit& unit, i32 layer)
-        : keys_(keys_of(cache, unit.length > 0 ? cache.kv_indptr[unit.sequence] : 0, unit.length, layer, unit.head)),
-          position_(unit.begin * TILE + key_of(min(static_cast<int>(threadIdx.x) % 32, LANE_KEYS - 1))),
-          page_(0) {
-        if (unit.begin < unit.end) page_ = page_at(keys_, position_);
+    // any: whether there is a unit.
+    CUPY_LORA_DEVICE Tiles(const Cache& cache, const Unit& unit, i32 layer, bool any) : page_(0) {
+        const bool some = any && unit.begin < unit.end;
+        keys_ = keys_of(cache, some ? cache.kv_indptr[unit.sequence] : 0, some ? unit.length : 0, layer, unit.head);
+        position_ = unit.begin * TILE + key_of(min(static_cast<int>(threadIdx.x) % 32, LANE_KEYS - 1));
+        if (some) page_ = page_at(keys_, position_);
     }
 
     // The address of the lane's key of the next tile. more: whether another follows, whose page is looked up ahead.
@@ -225,7 +226,7 @@ class Tiles {
     }
 
   private:
-    const Keys keys_;
+    Keys keys_;
     i32 position_;
     u64 page_;
 };

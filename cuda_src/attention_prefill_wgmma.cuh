@@ -15,8 +15,8 @@ constexpr int EIGHTS = TILE / 8;
 
 // Registers of a thread: at head_dim 128 and tiles of 128, 64 of scores, 64 of output and 32 of weights, and the rest.
 // What those that bring leave of an even share is what the others take.
-constexpr int REGISTERS = CREWS == 3 ? 152 : ROPE ? 192 : 216;
-constexpr int REGISTERS_BRINGING = CREWS == 3 ? 56 : ROPE ? 120 : 72;
+constexpr int REGISTERS = CREWS == 3 ? 144 : ROPE ? 192 : 208;
+constexpr int REGISTERS_BRINGING = CREWS == 3 ? 80 : ROPE ? 120 : 88;
 static_assert(CREWS == 2 || CREWS == 3, "others are not worked out");
 
 // A thread's part of 64 rows: rows g and g + 8 of its warp's 16, as attention_tile.cuh has them.

@@ -94,6 +94,18 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[TileConfig], N
     _attention_plan.prefill_kernel.cache_clear()
 
 
+def test_which_prefill_is_by_warpgroups() -> None:
+    """What fits where: on compute capability 9.0 alone, for the widths whose rows are whole panels."""
+    for arch in (80, 86, 89, 90, 100, 120):
+        for dim in (32, 64, 96, 128, 256):
+            for rope in (False, True):
+                config = _attention_plan.choose_wgmma(dim, rope, arch)
+                assert (config is not None) == (arch == 90 and dim in (64, 128))
+                if config is not None:
+                    sizes = [_attention_plan.wgmma_shared_bytes(dim, group, rope, config) for group in range(1, 200)]
+                    assert max(sizes) <= _attention_plan.shared_limits(arch)[0]
+
+
 def warpgroups(tile: int, stages: int, crews: int = 2, turns: bool = True) -> TileConfig:
     return TileConfig(4 * crews + 4, tile, stages, 1, 1, crews=crews, turns=turns)
 
