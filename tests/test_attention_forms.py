@@ -75,6 +75,16 @@ def test_prefill_without_warpgroup_products(case: Case) -> None:
         check(engine, case)
 
 
+@pytest.mark.parametrize("rope", ["llama", None], ids=["llama", "plain"])
+def test_prefill_of_unaligned_queries_up_to_the_end_of_memory(rope: str | None) -> None:
+    """Rows that are no multiple of 16 bytes apart from anything, behind the last of which is nothing."""
+    with on_cpu() as engine:
+        data = build(engine, Case((40, 33), (40, 33), 1, 2, 64, 16, rope=rope))
+        data.q_array = engine.array(np.concatenate([data.q.ravel()[:1], data.q.ravel()]))[1:].reshape(data.q.shape)
+        out, lse = call(data, return_lse=True)
+        assert_right(np.array(out), np.array(lse), exact(data))
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_prefill_renews_its_angles(dim: int) -> None:
     """Over more tiles than angles are turned on from one to the next; three queries more than fit in one block."""

@@ -73,6 +73,9 @@ static void multiply_group(Warp& w, Product& p) {
     const unsigned warp = w.fibers->tid / WARP % 4, columns = p.eights * 8;
     double a[16][16];
     static double b[16][256];
+    // The product is the warpgroup's: what it may read at this time is all 64 rows.
+    for (unsigned row = 0; row < 64 && p.a_shared; ++row)
+        for (unsigned k = 0; k < 16; k += 8) Matrix(p.a_matrix, "wgmma, first matrix").along_k(row, k);
     for (unsigned row = 0; row < 16 && p.a_shared; ++row)
         for (unsigned k = 0; k < 16; k += 8) {
             const unsigned short* const from = Matrix(p.a_matrix, "wgmma, first matrix").along_k(warp * 16 + row, k);
