@@ -144,10 +144,14 @@ def choose_decode(dim: int, group: int, page_size: int, rope: bool, arch: int) -
 
 @functools.cache
 def choose_wgmma(dim: int, rope: bool, arch: int) -> TileConfig | None:
-    """The block of prefill by warpgroup products; None where there is none (other architectures, other shapes)."""
+    """The block of prefill by warpgroup products; None where there is none (other architectures, other shapes).
+
+    Where keys are rotated there is a stage more of them, and tiles are smaller to make room for it.
+    """
     if arch != 90 or dim not in (64, 128):
         return None
-    return TileConfig(warps=12, tile=96 if rope else 128, stages=2, blocks=1, resident=1, crews=2, turns=True)
+    stages = 2 if dim == 128 else 4
+    return TileConfig(warps=12, tile=96 if rope else 128, stages=stages, blocks=1, resident=1, crews=2, turns=True)
 
 
 @functools.cache
