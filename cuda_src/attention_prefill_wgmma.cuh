@@ -135,7 +135,7 @@ class Crew {
     }
 
     template <int SIZE>
-    CUPY_LORA_DEVICE void wait_for(u64* barriers, const Turn<SIZE>& turn) const {
+    CUPY_LORA_DEVICE static void wait_for(u64* barriers, const Turn<SIZE>& turn) {
         ptx::mbarrier_wait_block(barriers + turn.slot, turn.parity);
     }
 
@@ -164,10 +164,10 @@ class Crew {
         for (; count > 0; --count) {
             take_turn();
             give_turn();
-            ptx::mbarrier_wait_block(rings_.full_keys + keys_.slot, keys_.parity);
+            wait_for(rings_.full_keys, keys_);  // a stage is left in its turn
             leave(rings_.empty_keys + keys_.slot);
             keys_.next();
-            ptx::mbarrier_wait_block(rings_.full_values + values_.slot, values_.parity);
+            wait_for(rings_.full_values, values_);
             leave(rings_.empty_values + values_.slot);
             values_.next();
         }
