@@ -1,4 +1,4 @@
-// Attention over paged keys and values: batch_decode (MODE 0) and batch_prefill (MODE 1).
+// Attention over paged keys and values: batch_decode (MODE 0) and batch_prefill (MODE 1, by warpgroups MODE 2).
 //
 //   out[i, h] = sum_j softmax_j(y[i, h, j]) v[j, h / GROUP]     lse[i, h] = log sum_j exp(y[i, h, j])
 //   y[i, h, j] = sm_scale q[i, h] . k[j, h / GROUP]             or soft_cap tanh(that / soft_cap)
@@ -7,17 +7,19 @@
 // with j > p(i) - window; p(i) = kv_len - qo_len + i is the query's position. With ROPE, q and k are rotated by their
 // positions first. q, out: (tokens, HEADS * GROUP, DIM) with contiguous rows; a page is [layers, 2, HEADS, PAGE, DIM].
 //
-// Products by mma.sync with float32 sums, softmax in float32; weights are rounded to the 16-bit type for their product
-// with the values, rotated queries and keys for theirs, the output once.
+// Products by mma.sync (wgmma in MODE 2) with float32 sums, softmax in float32; weights are rounded to the 16-bit type
+// for their product with the values, rotated queries and keys for theirs, the output once.
 //
 // Tables in device memory are not trusted (length_of, key_address; rows of the queries): what is out of range is empty.
 // A sequence without keys gives zeros and -inf. The bits of a row depend on its sequence alone.
 //
-// Threads, shared memory: attention_decode.cuh, attention_prefill.cuh.
+// Threads, shared memory: attention_decode.cuh, attention_prefill.cuh, attention_prefill_wgmma.cuh.
 #if MODE == 0
 #include "attention_decode.cuh"
-#else
+#elif MODE == 1
 #include "attention_prefill.cuh"
+#else
+#include "attention_prefill_wgmma.cuh"
 #endif
 
 #if MODE == 0
@@ -177,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
     if (threadIdx.x == 0) arrivals.post_chunks(0);
 }
-#else
+#elif MODE == 1
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     batch_prefill(const ELEMENT* q, ELEMENT* out, float* lse, const i32* qo_indptr, const i64* kv_ptrs,
                   const i32* kv_indptr, const i32* last_page_offset, const Turns frequencies, i64 q_stride,
@@ -227,8 +229,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         float2* const far = near + NEAR * PAIRS;
         const i32 first = max(position(0), 0) / NEAR;
         const i32 last = max(position(rows - 1), 0) / NEAR;
-        fill_angles(near, NEAR, 0, 1, frequencies);
-        fill_angles(far, last - first + 1, first * NEAR, NEAR, frequencies);
+        fill_angles<THREADS>(near, NEAR, 0, 1, frequencies);
+        fill_angles<THREADS>(far, last - first + 1, first * NEAR, NEAR, frequencies);
         ptx::copy_async_wait<STAGES - 1>();
         __syncthreads();
         rotate_rows(queries, rows, near, far, first, [&](int row) { return max(position(row), 0); });
@@ -269,5 +271,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         if (row >= rows) return Place{nullptr, -1};
         return Place{out + token(row) * out_stride + head_of(row) * DIM, token(row) * (HEADS * GROUP) + head_of(row)};
     });
+}
+#else
+// most: units there can be; counters: of units handed out (attention_prefill_bring.cuh).
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    batch_prefill_wgmma(const ELEMENT* q, ELEMENT* out, float* lse, const i32* qo_indptr, const i64* kv_ptrs,
+                        const i32* kv_indptr, const i32* last_page_offset, i32* counters, const Turns frequencies,
+                        i64 q_stride, i64 out_stride, i32 num_ptrs, i32 batch, i32 tokens, i32 layer, i32 window,
+                        i32 most, float scale, float cap) {
+    ptx::begin_launch();
+    CUPY_LORA_SHARED(memory);
+    const Rings rings = carve_rings(memory);
+    if (threadIdx.x == 0) begin_rings(rings);
+    __syncthreads();
+    const int crew = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / CREW, 0);  // known to be the warp's
+    if (crew == CREWS) {
+        ptx::leave_registers<REGISTERS_BRINGING>();
+        const Cache cache = {kv_ptrs, kv_indptr, last_page_offset, num_ptrs};
+        const Units units(qo_indptr, cache, batch, tokens, window);
+        bring(rings, units, cache, frequencies, q, q_stride, layer, window, most, counters);
+    } else {
+        ptx::take_registers<REGISTERS>();
+        Crew(rings, crew).work(out, lse, out_stride, window, scale, cap);
+    }
 }
 #endif

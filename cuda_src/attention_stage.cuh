@@ -4,87 +4,24 @@
 // A staged row is DIM elements and 16 bytes of nothing: an odd number of 16-byte pieces a row, so that the
 // eight rows of an ldmatrix lie in different banks, without a permutation in the addresses.
 #pragma once
-#include "attention_cache.cuh"
+#include "attention_angles.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROW_BYTES = DIM * 2 + 16;       // of a staged row
 constexpr int SIDE_BYTES = TILE * ROW_BYTES;  // of a tile's keys, or values
 constexpr int STAGE_BYTES = 2 * SIDE_BYTES;
-constexpr int LANES = PIECES / 2;  // threads that rotate one row, 8 pairs each
 
 constexpr CUPY_LORA_DEVICE int power_within(int n) { return n < 2 ? 1 : 2 * power_within(n / 2); }
 
 constexpr int ROUND = power_within(THREADS / LANES < TILE ? THREADS / LANES : TILE);  // rows rotated at a time
 constexpr int TURNERS = ROUND * LANES;                                                // threads that rotate keys
 constexpr int RENEWAL = 64;  // tiles, after which the angles of keys are worked out anew
-constexpr int NEAR = 8;      // positions of the near table of the queries
 constexpr int ANGLE_BYTES = ROPE ? (TURNERS * 8 + PAIRS) * 8 : 0;
 
 static_assert(TILE <= THREADS && TILE % ROUND == 0, "one thread finds the page of a row, rounds are whole");
 static_assert(STAGES >= (ROPE ? 3 : 2), "a tile is multiplied, one rotated and one under way");
 
 // ---- rotary embedding ---------------------------------------------------------------------------
-// A table's entry has (cos, sin) of the angles of all pairs: the first two of each 8 pairs come first, then the second
-// two and so on, so that threads side by side read pieces side by side.
-// Entry i: the angles at position first + i * step.
-CUPY_LORA_DEVICE void fill_angles(float2* table, int entries, i32 first, i32 step, const Turns& frequencies) {
-#pragma unroll 4
-    for (int e = static_cast<int>(threadIdx.x); e < entries * PAIRS; e += THREADS) {
-        const int at = e % PAIRS;
-        const int pair = at / 2 % LANES * 8 + at / 2 / LANES * 2 + at % 2;
-        table[e] = angle_at(frequencies.turns[pair], first + e / PAIRS * step);
-    }
-}
-
-// Of 8 pairs, two a float4: (cos, sin, cos, sin).
-struct Angles {
-    float4 two[4];
-};
-
-CUPY_LORA_DEVICE Angles angles_of(const float2* table, int entry, int unit) {
-    Angles angles;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        angles.two[i] = reinterpret_cast<const float4*>(table + entry * PAIRS)[i * LANES + unit];
-    }
-    return angles;
-}
-
-CUPY_LORA_DEVICE Angles added(const Angles& a, const Angles& b) {
-    Angles sum;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float4 x = a.two[i];
-        const float4 y = b.two[i];
-        sum.two[i] =
-            make_float4(x.x * y.x - x.y * y.y, x.y * y.x + x.x * y.y, x.z * y.z - x.w * y.w, x.w * y.z + x.z * y.w);
-    }
-    return sum;
-}
-
-union Piece {
-    uint4 quad;
-    u32 words[4];
-};
-
-// Rotates the pairs (d, d + DIM / 2) for d from 8 * unit on of a staged row in place.
-CUPY_LORA_DEVICE void rotate_piece(u8* row, int unit, const Angles& angles) {
-    uint4* const low = reinterpret_cast<uint4*>(row) + unit;
-    Piece a = {low[0]};
-    Piece b = {low[LANES]};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float4 angle = angles.two[i];
-        float a0, a1, b0, b1;
-        unpack2(a.words[i], a0, a1, ELEMENT{});
-        unpack2(b.words[i], b0, b1, ELEMENT{});
-        a.words[i] = pack2(a0 * angle.x - b0 * angle.y, a1 * angle.z - b1 * angle.w, ELEMENT{});
-        b.words[i] = pack2(b0 * angle.x + a0 * angle.y, b1 * angle.z + a1 * angle.w, ELEMENT{});
-    }
-    low[0] = a.quad;
-    low[LANES] = b.quad;
-}
-
 // Rows of queries. A position is a multiple of NEAR and a rest; the complex product of their entries is its angle.
 // position(row) is that of a row; near: the entries of 0 .. NEAR - 1, far: of multiples of NEAR from first_far on.
 template <class Position>
@@ -95,7 +32,8 @@ CUPY_LORA_DEVICE void rotate_rows(u8* rows, int count, const float2* near, const
         const i32 at = position(e / LANES);
         const int unit = e % LANES;
         const Angles rest = angles_of(near, at % NEAR, unit);
-        rotate_piece(rows + e / LANES * ROW_BYTES, unit, added(rest, angles_of(far, at / NEAR - first_far, unit)));
+        uint4* const low = reinterpret_cast<uint4*>(rows + e / LANES * ROW_BYTES) + unit;
+        rotate_pieces(low, low + LANES, added(rest, angles_of(far, at / NEAR - first_far, unit)));
     }
 }
 
@@ -109,7 +47,7 @@ class Turner {
 
     // tile: the first one that will be rotated.
     CUPY_LORA_DEVICE void begin(i32 tile) const {
-        fill_angles(step_, 1, ROUND, 0, frequencies_);
+        fill_angles<THREADS>(step_, 1, ROUND, 0, frequencies_);
 #pragma unroll
         for (int i = 0; i < 8; ++i) renew(tile, i);
     }
@@ -130,7 +68,8 @@ class Turner {
         for (int i = 0; i < 4; ++i) angles.two[i] = own[i * TURNERS];
 #pragma unroll 1
         for (int row = begin; row < TILE; row += ROUND) {
-            rotate_piece(rows + row * ROW_BYTES, unit, angles);
+            uint4* const low = reinterpret_cast<uint4*>(rows + row * ROW_BYTES) + unit;
+            rotate_pieces(low, low + LANES, angles);
             angles = added(angles, angles_of(step_, 0, unit));  // read again: there are no registers to keep it
         }
 #pragma unroll

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32, INT32, Array
+from ._cubins import ARCH_SPECIFIC
 from ._jit import DeviceFacts, Kernel, Launch
 from ._rope import Rope, frequencies
 
@@ -48,6 +49,10 @@ class TileConfig:
         Blocks that a multiprocessor shall hold.
     bulk : bool
         Whether the copy engine brings the tiles (decode).
+    crews : int
+        Warpgroups that multiply 64 rows each, beside one that brings the tiles (prefill by wgmma); 0: mma.sync.
+    turns : bool
+        Whether they issue their products in turns.
     """
 
     warps: int
@@ -56,6 +61,8 @@ class TileConfig:
     blocks: int
     resident: int
     bulk: bool = False
+    crews: int = 0
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,16 @@ def prefill_shared_bytes(dim: int, rope: bool, config: TileConfig) -> int:
     return _aligned(rows * (2 * dim + 16), *staging, (warps + 1) * 8, 16, rows * 8)
 
 
+def wgmma_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) -> int:
+    """Dynamic shared memory of batch_prefill_wgmma: the map in attention_prefill_wgmma.cuh."""
+    queries = 2  # units whose queries are there
+    rows, key_stages = 64 * config.crews, config.stages + rope
+    matrices = 2 * dim * ((key_stages + config.stages) * config.tile + queries * rows)
+    far = ((rows // group) + 1) // 8 + 2
+    angles = 8 * (2 * 128 * 8 + (1 + 8 + far) * dim // 2) if rope else 0
+    return 1024 + _aligned(matrices, 16 * (key_stages + config.stages + queries), queries * 32, queries * 4, angles)
+
+
 @functools.cache
 def choose_decode(dim: int, group: int, page_size: int, rope: bool, arch: int) -> TileConfig:
     """The block of decode: as many bytes under way as fit, two blocks a multiprocessor where they do.
@@ -126,8 +143,20 @@ def choose_decode(dim: int, group: int, page_size: int, rope: bool, arch: int) -
 
 
 @functools.cache
+def choose_wgmma(dim: int, rope: bool, arch: int) -> TileConfig | None:
+    """The block of prefill by warpgroup products; None where there is none (other architectures, other shapes).
+
+    Where keys are rotated there is a stage more of them, and tiles are smaller to make room for it.
+    """
+    if arch != 90 or dim not in (64, 128):
+        return None
+    stages = 2 if dim == 128 else 4
+    return TileConfig(warps=12, tile=96 if rope else 128, stages=stages, blocks=1, resident=1, crews=2, turns=True)
+
+
+@functools.cache
 def choose_prefill(dim: int, rope: bool, arch: int) -> TileConfig:
-    """The block of prefill: 32 rows a warp where the accumulators fit in registers.
+    """The block of prefill by mma.sync: 32 rows a warp where the accumulators fit in registers.
 
     Measured on 132 multiprocessors at head_dim 128: tiles of 32 keys are as fast as tiles of 64 and take fewer
     registers; where keys are rotated, 8 warps that share one rotation are 4 % faster than two blocks of 4, and tiles
@@ -181,11 +210,21 @@ def decode_kernel(shape: Shape, arch: int) -> tuple[Kernel, TileConfig]:
 @functools.cache
 def prefill_kernel(shape: Shape, arch: int) -> tuple[Kernel, TileConfig]:
     """The specialisation of batch_prefill."""
+    config = choose_wgmma(shape.dim, shape.rope, arch)
+    if config is not None:
+        return wgmma_kernel(shape, config), config
     config = choose_prefill(shape.dim, shape.rope, arch)
     own = (("MODE", 1), ("BLOCKS", config.blocks), ("CAUSAL", int(shape.causal)))
     shared = prefill_shared_bytes(shape.dim, shape.rope, config)
     kernel = Kernel("attention", "batch_prefill", (*own, *_defines(shape, config)), 32 * config.warps, shared)
     return kernel, config
+
+
+def wgmma_kernel(shape: Shape, config: TileConfig) -> Kernel:
+    """A specialisation of batch_prefill_wgmma."""
+    own = (("MODE", 2), ("TURNS", int(config.turns)), ("CAUSAL", int(shape.causal)), (ARCH_SPECIFIC, 1))
+    shared = wgmma_shared_bytes(shape.dim, shape.group, shape.rope, config)
+    return Kernel("attention", "batch_prefill_wgmma", (*own, *_defines(shape, config)), 32 * config.warps, shared)
 
 
 @dataclass(frozen=True)
@@ -241,6 +280,11 @@ def parts_of(workspace: Array, q: Array, kv_heads: int) -> tuple[Array, Array, A
     )
 
 
+def counters_of(workspace: Array) -> Array:
+    """The counters that hand out units, in a workspace (bytes): zeros between launches."""
+    return Array(workspace.ptr, (TICKETS,), (1,), INT32, workspace.device, workspace.obj)
+
+
 def decode(
     q: Array,
     out: Array,
@@ -277,21 +321,27 @@ def prefill(
     lse: Array | None,
     qo_indptr: Array,
     tables: tuple[Array, Array, Array],
+    counters: Array | None,
     shape: Shape,
     layer_idx: int,
     numbers: Numbers,
     facts: DeviceFacts,
 ) -> Launch:
-    """Launch of ``batch_prefill``."""
+    """Launch of ``batch_prefill``; ``counters``: see :func:`counters_of`, where :func:`choose_wgmma` is not None."""
     kernel, config = prefill_kernel(shape, facts.arch)
     tokens, _, dim = q.shape
     batch = qo_indptr.shape[0] - 1
-    rows = 16 * config.blocks * config.warps
+    rows = 64 * config.crews or 16 * config.blocks * config.warps
     tiles = tokens * shape.group // rows + min(batch, tokens)  # at most: one begun tile a sequence
-    args = (
-        *(q, out, lse, qo_indptr, *tables, frequencies(dim, numbers.rope)),
-        *(_row_stride(q), _row_stride(out)),
-        *(np.int32(n) for n in (tables[0].shape[0], batch, tokens, layer_idx, min(numbers.window or 0, 2**31 - 1))),
-        *_scales(numbers),
-    )
-    return Launch(kernel, (tiles * shape.kv_heads, 1, 1), args)
+    units = tiles * shape.kv_heads
+    arrays = q, out, lse, qo_indptr, *tables
+    turns = frequencies(dim, numbers.rope)
+    strides = _row_stride(q), _row_stride(out)
+    sizes = tables[0].shape[0], batch, tokens, layer_idx, min(numbers.window or 0, 2**31 - 1)
+    if config.crews:
+        most = min(units, 2**31 - 1)
+        ints = (np.int32(n) for n in (*sizes, most))
+        args = (*arrays, counters, turns, *strides, *ints, *_scales(numbers))
+        return Launch(kernel, (min(config.resident * facts.sm_count, units), 1, 1), args)
+    args = (*arrays, turns, *strides, *(np.int32(n) for n in sizes), *_scales(numbers))
+    return Launch(kernel, (units, 1, 1), args)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ._jit import Kernel
 
 MANIFEST: Final = "cubins.json"
+# A macro of kernels that use what one architecture alone has: they are compiled for it as `sm_90a`, and run there only.
+ARCH_SPECIFIC: Final = "ARCH_SPECIFIC"
 _DIGEST: Final = hashlib.sha256().digest_size * 2  # a file is the digest of the machine code, in hex, and then the code
 
 # What is compiled apart: the kernels of one source and one set of macros are one unit.
@@ -42,7 +44,8 @@ def options(unit: Unit) -> tuple[str, ...]:
     from . import _jit
 
     _, defines, arch = unit
-    return (*_jit.compile_options(arch, defines), "-ftz=true", f"-arch=sm_{arch}")
+    suffix = "a" if dict(defines).get(ARCH_SPECIFIC) else ""
+    return (*_jit.compile_options(arch, defines), "-ftz=true", f"-arch=sm_{arch}{suffix}")
 
 
 def source_text(source: str) -> str:

@@ -173,6 +173,7 @@ def batch_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     return_lse: bool = False,
+    workspace: Any = None,
 ) -> Any:
     """Attention of many queries per sequence, its last positions, over the sequence's keys.
 
@@ -193,8 +194,8 @@ def batch_prefill(
         A query sees no key after its own position.
     window : int, optional
         A query at position p sees no key before ``p - window + 1``.
-    return_lse : bool
-        As in :func:`batch_decode`.
+    return_lse, workspace
+        As in :func:`batch_decode`; of a workspace only the first 64 KiB are of use, on some GPUs.
 
     Returns
     -------
@@ -215,10 +216,11 @@ def batch_prefill(
     inputs = _views(q, kv_ptrs, kv_indptr, last_page_offset)
     indptr = view("qo_indptr", qo_indptr)
     qa, oa = inputs[0], None if out is None else view("out", out)
+    space = None if workspace is None else view("workspace", workspace)
     sizes = num_layers, layer_idx, num_kv_heads, page_size
     options = rope, rope_theta, rope_scale, sm_scale, window, soft_cap
     scalars = return_lse, causal, *sizes, *options
-    kept, key, *_, on_torch = _plans.find(_NAMES, (*inputs, indptr, oa, None), "prefill", *scalars)
+    kept, key, *_, on_torch = _plans.find(_NAMES, (*inputs, indptr, oa, space), "prefill", *scalars)
     if kept is None:
         _check_inputs(*inputs)
         _check_table("qo_indptr", indptr, INT32)
@@ -227,9 +229,12 @@ def batch_prefill(
         check_shape("qo_indptr", indptr, (batch + 1,))
         sizes = _sizes(qa, *sizes, inputs[1])
         numbers = _numbers(qa, *options)
+        if space is not None:
+            _check_workspace(space)
         if oa is not None:
             _check_output(oa, qa)
-        same_device(q=qa, qo_indptr=indptr, kv_ptrs=inputs[1], kv_indptr=inputs[2], last_page_offset=inputs[3], out=oa)
+        tables = {"kv_ptrs": inputs[1], "kv_indptr": inputs[2], "last_page_offset": inputs[3]}
+        same_device(q=qa, qo_indptr=indptr, **tables, out=oa, workspace=space)
         if _env.DEBUG.on:
             _debug(inputs[1:], page_size, indptr, qa.shape[0])
     device = qa.device
@@ -242,13 +247,21 @@ def batch_prefill(
         attention.batch_prefill(*hosts, *sizes, out=oa.numpy(), lse=lse, causal=bool(causal), numbers=numbers)
     elif inputs[3].shape[0] and qa.shape[0]:
         lse_view = None if lse is None else view("lse", lse)
-        arrays = (*inputs, indptr, oa, lse_view)
+        facts = _jit.device_facts(device)
+        counters = None
+        if _attention_plan.choose_wgmma(qa.shape[2], rope is not None, facts.arch) is not None:
+            if space is None:
+                stream = None if device == CPU else stream_of(device, on_torch)
+                space = _workspace.for_stream(device, stream, 4 * _attention_plan.COUNTERS)
+            counters = _attention_plan.counters_of(space)
+        arrays = (*inputs, indptr, oa, lse_view, counters)
         if kept is not None:
             kept.run([0 if array is None else array.ptr for array in arrays], arrays, on_torch)
         else:
             shape = _attention_plan.shape_of(qa, oa, sizes[2], sizes[3], bool(causal), numbers)
-            facts = _jit.device_facts(device)
-            launch = _attention_plan.prefill(qa, oa, lse_view, indptr, inputs[1:], shape, sizes[1], numbers, facts)
+            launch = _attention_plan.prefill(
+                qa, oa, lse_view, indptr, inputs[1:], counters, shape, sizes[1], numbers, facts
+            )
             _plans.run(key, launch, arrays, on_torch)
     return (out, lse) if return_lse else out
 

@@ -242,6 +242,10 @@ def attention_kernels(plan: Any, facts: _jit.DeviceFacts) -> Iterator[Named]:
     shapes = {
         **{f"d{dim}": shape(dim) for dim in (64, 96, 128, 256)},
         "d128-no_rope": shape(128, rope=False),
+        "d64-no_rope": shape(64, rope=False),
+        "d128-no_rope-f16-window-cap": shape(128, dtype=FLOAT16, rope=False, window=True, soft_cap=True),
+        "d128-no_rope-group7-page7-unaligned": shape(128, group=7, page=7, rope=False, vectors=False),
+        "d64-no_rope-group32": shape(64, group=32, page=1, dtype=FLOAT16, rope=False, causal=False),
         "d128-f16": shape(128, dtype=FLOAT16),
         "d128-mha-page1": shape(128, group=1, page=1),
         "d128-group7-page7": shape(128, group=7, page=7),

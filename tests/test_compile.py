@@ -38,6 +38,19 @@ def test_specialisation_compiles_and_fits(arch: int, kernel: _jit.Kernel):
     assert used.warnings == ""
 
 
+def test_what_the_assembler_makes_slower_is_a_warning():
+    """Warpgroup products that it serialises: of no other effect than time, and said as information."""
+    note = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    log = f"""{note} due to insufficient register resources for the wgmma pipeline in the function 'k'
+ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas info    : Function properties for k
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers
+"""
+    assert "C7515" in nvrtc.read_log(log, "k").warnings
+    assert nvrtc.read_log(log.split("\n", 1)[1], "k").warnings == ""
+
+
 def entry_points(source: Path) -> set[str]:
     text = re.sub(r"//[^\n]*", "", source.read_text())
     found = set()

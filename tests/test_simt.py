@@ -68,7 +68,7 @@ def schedule(tokens: int) -> None:
     np.testing.assert_array_equal(out, np.repeat(128.0 * (slots + 1)[:, None], 16, axis=1))
 
 
-def attention(queries: int, keys: int) -> None:
+def attention(queries: int, keys: int, arch: int = 90) -> None:
     """Prefill of one sequence with one KV head, against the reference."""
     rng = np.random.default_rng(4)
     heads, dim, page = 2, 64, 16
@@ -77,7 +77,7 @@ def attention(queries: int, keys: int) -> None:
         rng.standard_normal(shape).astype(np.float16) for shape in ((count, 2, page, dim), (queries, heads, dim))
     )
     outs = []
-    for engine_of in (contextlib.nullcontext(engines.Numpy()), on_cpu()):
+    for engine_of in (contextlib.nullcontext(engines.Numpy()), on_cpu(arch=arch)):
         with engine_of as engine:
             held = engine.array(pages)
             address = held.__array_interface__["data"][0]
@@ -118,14 +118,34 @@ FAULTS = {
     "missing barrier before reuse, stages": Fault(
         "attention*.cuh",
         (("        __syncthreads();  // the tile has landed", "        // the tile has landed"),),
-        lambda: attention(40, 300),
+        lambda: attention(40, 300, arch=80),
         ".",
     ),
     "wrong wait count, copies": Fault(
         "attention*.cuh",
         (("copy_async_wait<STAGES - 2 - AHEAD>", "copy_async_wait<STAGES - 1 - AHEAD>"),),
-        lambda: attention(40, 300),
+        lambda: attention(40, 300, arch=80),
         ".",
+    ),
+    "stage overwritten too early": Fault(
+        "attention*.cuh",
+        (("    ptx::mbarrier_wait_block(empty + turn.slot, turn.parity);\n", ""),),
+        lambda: attention(40, 600),
+        "a race|stuck",
+    ),
+    "product not waited for": Fault(
+        "attention*.cuh", (("ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),), lambda: attention(40, 300), "."
+    ),
+    "copies not waited for": Fault(
+        "attention*.cuh",
+        (
+            (
+                "            wait_for(rings_.full_values, values_);\n            ptx::wgmma_fence",
+                "            ptx::wgmma_fence",
+            ),
+        ),
+        lambda: attention(40, 100),
+        "a race: this thread reads",
     ),
     "wrong wait count": Fault(
         "lora_exchange.cuh", (("rows * kWidth * 4 * kCluster", "rows * kWidth * 4"),), lambda: add_lora(5), "."

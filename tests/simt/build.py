@@ -213,7 +213,7 @@ def symbolised(text: str, library: Path) -> str:
         command = [str(tool), "-i", "-e", str(library), address]
         out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         lines = [Path(line.split(" ")[0]).name for line in out.splitlines()]
-        places[address] = " < ".join(line for line in lines if re.match(r"(?!ptx\.)[^:]*\.cuh?:", line))
+        places[address] = " < ".join(line for line in lines if re.match(r"(?!ptx(_wgmma)?\.)[^:]*\.cuh?:", line))
 
     def replace(match: re.Match[str]) -> str:
         chain = [places[address] for address in re.findall(r"@([0-9a-f]+)", match[0]) if places.get(address)]

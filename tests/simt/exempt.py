@@ -35,6 +35,24 @@ EXEMPT: dict[str, tuple[tuple[str, int, str], ...]] = {
         ("tile + STAGES <= end) page", 1, "the address of a tile that is not copied"),
         ("const bool rotates = ROPE && tile + 1 <= end;", 1, "rotates a tile that is not multiplied"),
     ),
+    "attention_prefill_bring.cuh": (
+        ("blockIdx.x) <= most &&", 1, "there is no unit of that number"),
+        ("more = number <= most &&", 1, "there is no unit of that number"),
+        ("if (begin <= end) {", 1, "keys that nobody is told of, and that others overwrite"),
+        ("if (tile + 1 <= end) {", 1, "keys that nobody is told of, and that others overwrite"),
+        ("tiles.next(begin + 1 <= end);", 1, "the page of a tile that is not copied"),
+        ("tiles.next(tile + 1 <= end);", 1, "the page of a tile that is not copied"),
+        ("tiles.next(tile + 2 <= end);", 1, "the page of a tile that is not copied"),
+    ),
+    "attention_prefill_stream.cuh": (
+        ("any && unit.begin <= unit.end;", 1, "the page of a tile that is not copied"),
+        ("stop <= start ||", 1, "no queries: stop - start is 0"),
+        ("for (int distance = 1; distance <= 32; distance *= 2) {", 1, "no lane is 32 behind another"),
+    ),
+    "attention_prefill_wgmma.cuh": (
+        ("if (unit.count <= 0) break;", 1, "a unit has at least one query; -1 is none"),
+        ("tile * TILE <= all_see_from;", 1, "masks where no key is hidden: no score changes"),
+    ),
     "attention_schedule.cuh": (
         ("length <= 0 ? 0 : keys_of(length);", 1, "no tokens: no keys"),
         ("length <= 0 ? 0 : wanted(keys);", 1, "no keys ask for no slot"),

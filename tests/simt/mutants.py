@@ -1,9 +1,9 @@
 """Does simt notice a wrong kernel? ``python tests/simt/mutants.py [--files norm.cu ...] [--sample N]``.
 
 Changes one thing at a time in a copy of the sources: removes a barrier (``__syncthreads()``,
-``__syncwarp()``, a meeting of warps), turns a ``<`` into ``<=``, halves the distance of a shuffle. For
-each change it runs the simt tests that come by the place, until one is red. Prints a table; fails where
-fewer than nine in ten changes of a family of kernels turn a test red.
+``__syncwarp()``, a meeting of warps, a fence or a wait of warpgroup products), turns a ``<`` into ``<=``,
+halves the distance of a shuffle. For each change it runs the simt tests that come by the place, until one
+is red. Prints a table; fails where fewer than nine in ten changes of a family of kernels turn a test red.
 
 All changes are compiled into one set of kernels, and a number in memory says which of them is made
 (``mutants.h``): each kernel is built once. A test that does not come by a place cannot notice its change
@@ -84,6 +84,7 @@ def _code(text: str) -> str:
         return re.sub(r"[^\n]", " ", match[0])
 
     text = re.sub(r"//[^\n]*|/\*.*?\*/", blank, text, flags=re.S)
+    text = re.sub(r"^#ifndef CUPY_LORA_SIMT\n.*?^#(?:else|endif)", blank, text, flags=re.M | re.S)  # the GPU's bodies
     text = re.sub(r"^[ \t]*#[^\n]*", blank, text, flags=re.M)
     text = re.sub(r"\bstatic_assert\s*\(.*?\);", blank, text, flags=re.S)
     return re.sub(r"^[^\n]*\bconstexpr\b(?:[^\n]*\([^\n]*\)\s*\{|[^;{]*[;{])", blank, text, flags=re.M)
@@ -120,7 +121,8 @@ def mutants_of(path: Path, number: int) -> list[Mutant]:
     def at() -> int:
         return number + len(found)
 
-    for match in re.finditer(r"((?:__syncthreads|__syncwarp|\b\w+\.meet)\(\));", code):
+    meetings = r"(?:__syncthreads|__syncwarp|\b\w+\.meet)\(\)|ptx::barrier_meet\([^;]*\)"
+    for match in re.finditer(rf"({meetings}|ptx::wgmma_(?:fence|fence_shared|wait<\d>)\(\));", code):
         add(match.start(), match.end(), KINDS[0], f"(simt::mutated({at()}) ? void() : {match[1]});")
     for match in re.finditer(r"(?<= )<(?= )", code):
         if not _picks_one(code, match.start()):

@@ -35,7 +35,7 @@ SIMT_API void atomic_access(const void* p, size_t size);
 using Complete = void (*)(void* const* data, unsigned mask);
 SIMT_API void meet(unsigned mask, const char* what, int line, void* data, Complete complete);
 
-// ---- behind ptx.cuh
+// ---- behind ptx.cuh and ptx_wgmma.cuh
 SIMT_API unsigned short bf16_bits(float v);
 SIMT_API unsigned short f16_bits(float v);
 SIMT_API float float_from_f16(unsigned short bits);
@@ -55,6 +55,14 @@ SIMT_API void store_async(unsigned long long to, const void* value, unsigned siz
 SIMT_API void mbarrier_init(void* p, unsigned count);
 SIMT_API void mbarrier_expect(void* p, unsigned bytes);
 SIMT_API void mbarrier_wait(const void* p, unsigned parity);
+SIMT_API void proxy_fence();
+SIMT_API unsigned shared_address(const void* p);
+SIMT_API void named_barrier(int number, int threads, bool waits);
+SIMT_API void wgmma_fence(int line);
+SIMT_API void wgmma_commit(int line);
+SIMT_API void wgmma_wait(unsigned allowed, int line);
+SIMT_API void wgmma(float* c, int eights, const unsigned* a, unsigned long long a_matrix, unsigned long long b_matrix,
+                    bool add, bool is_bf16, int line);
 
 // ---- shuffles and votes
 struct Lane {

@@ -16,7 +16,7 @@ void syncthreads(const char* file, int line) {
     if (b.arrived && (b.line != line || strcmp(b.file, file) != 0))
         fail("divergent __syncthreads: this thread is at line %d, others wait at line %d", line, b.line);
     b.file = file, b.line = line, ++b.arrived;
-    current->wait = IN_BLOCK;
+    current->wait = IN_BLOCK, current->fenced = false;
     open_block(b);
     park(current->wait, "__syncthreads");
 }
@@ -87,6 +87,7 @@ void mbarrier_wait(const void* p, unsigned parity) {
     current->mbarrier = p, current->parity = parity;
     if (mbarrier_at(p, "mbarrier_wait").phase % 2 == parity) park(IN_MBARRIER, "mbarrier_wait");
     learn(current->seen, mbarrier_at(p, "mbarrier_wait").seen);
+    current->fenced = false;
 }
 
 // ---- clusters

@@ -28,8 +28,20 @@ void land(Fiber& f, unsigned groups) {
             access(c.to, c.size, true), memset(c.to, 0, c.size), memcpy(c.to, c.from, c.bytes);
     f.copies.resize(kept);
 }
+// The same of copies that a barrier counts too: those whom it tells may read them without this thread's wait.
+static void land_counted(const Fiber& f, unsigned groups) {
+    size_t kept = 0;
+    for (const Store s : stores)
+        if (s.by != &f || s.group >= groups)
+            stores[kept++] = s;
+        else
+            memset(s.to, 0, s.size), memcpy(s.to, s.from, s.valid);
+    stores.resize(kept);
+}
 void copy_async_wait(unsigned allowed) {
-    if (current->group > allowed) land(*current, current->group - allowed);
+    if (current->group <= allowed) return;
+    land(*current, current->group - allowed);
+    land_counted(*current, current->group - allowed);
 }
 
 // ---- to an mbarrier
@@ -55,7 +67,9 @@ void store_async(unsigned long long to, const void* value, unsigned size, unsign
                size,
                size,
                0,
-               static_cast<int>(size)};
+               static_cast<int>(size),
+               nullptr,
+               0};
     memcpy(s.bytes, value, size);
     if (&owner_of(s.to, size, "store_async") != &owner_of(s.barrier, 8, "store_async"))
         fail("store_async: the data and its mbarrier are in different blocks");
@@ -69,7 +83,7 @@ void copy_bulk(void* shared, const void* global, unsigned size, void* barrier) {
     own(to, 16, "copy_bulk"), own(to + size - 16, 16, "copy_bulk"), own(barrier, 8, "copy_bulk");
     for (unsigned i = 0; i < size; ++i) static_cast<void>(*const_cast<const volatile unsigned char*>(from + i));
     access(to, size, true), tell(mbarrier_at(barrier, "copy_bulk"));
-    send({to, static_cast<unsigned char*>(barrier), {}, from, size, size, 0, static_cast<int>(size)});
+    send({to, static_cast<unsigned char*>(barrier), {}, from, size, size, 0, static_cast<int>(size), nullptr, 0});
 }
 void copy_async_arrive(void* p) {
     own(p, 8, "copy_async_arrive");
@@ -77,10 +91,10 @@ void copy_async_arrive(void* p) {
     auto* const barrier = static_cast<unsigned char*>(p);
     for (const Copy& c : current->copies) {
         const auto* const from = static_cast<const unsigned char*>(c.from);
-        send({static_cast<unsigned char*>(c.to), barrier, {}, from, c.size, c.bytes, 0, 0});
+        send({static_cast<unsigned char*>(c.to), barrier, {}, from, c.size, c.bytes, 0, 0, current, c.group});
     }
     current->copies.clear();
-    send({nullptr, barrier, {}, nullptr, 0, 0, 1, 0});
+    send({nullptr, barrier, {}, nullptr, 0, 0, 1, 0, nullptr, 0});
 }
 // Nobody can go on: what the waiting mbarriers still need lands now.
 bool deliver_awaited() {

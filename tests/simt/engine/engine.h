@@ -7,6 +7,8 @@
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
+#include <list>
+#include <utility>
 #include <vector>
 
 #include "simt.h"
@@ -24,7 +26,7 @@ struct Config {  // mirrored by runner.py
     void* fault;          // out: the illegal address
 };
 
-enum Wait { READY, IN_WARP, IN_BLOCK, IN_CLUSTER, IN_MBARRIER, EXITED };
+enum Wait { READY, IN_WARP, IN_BLOCK, IN_CLUSTER, IN_MBARRIER, IN_NAMED, EXITED };
 
 struct Copy {
     void* to;
@@ -44,7 +46,7 @@ struct Fiber {
     Warp* warp;
     const void* mbarrier;
     unsigned parity, cluster_phase, group;
-    bool in_cluster_barrier;
+    bool in_cluster_barrier, fenced;  // fenced: what barriers told it of is in order with matrix products
     std::vector<Copy> copies;
     Times seen;  // by thread of the block: what it did before that is done, as mbarriers say
     char* stack;
@@ -57,12 +59,37 @@ struct Meeting {  // of the lanes of one mask, kept under its lowest lane
     const char* what;
     int line;
 };
+struct Issue {  // of a warpgroup's product, by one lane
+    float* c;
+    unsigned eights;  // of columns
+    const unsigned* a;
+    unsigned long long a_matrix, b_matrix;
+    bool add, is_bf16;
+};
+struct Sums {  // accumulators of a warp that a product is under way to
+    unsigned eights;
+    float* at[WARP];
+    std::vector<float> values;
+};
+struct Product {  // a warp's part of one
+    unsigned eights, group;
+    bool a_shared, is_bf16, add;
+    unsigned a[WARP][4];
+    unsigned long long a_matrix, b_matrix;
+    std::vector<float>* sums;
+};
+constexpr unsigned UNDER_WAY = 0x7fc5a5a5;  // what those accumulators hold: a NaN
 struct Warp {
     Meeting meetings[WARP];
     void* data[WARP];
     unsigned ready, exited;
     Fiber* fibers;
     uint64_t since;  // of its last __syncwarp
+    std::vector<Product> products;
+    std::list<Sums> sums;
+    unsigned product_group;
+    size_t issued;
+    bool ordered;  // a wgmma_fence since the last wait
 };
 struct Mbarrier {
     void* at;
@@ -70,11 +97,17 @@ struct Mbarrier {
     unsigned phase;
     Times told, seen;  // by those who arrived in this phase, and in those before
 };
+struct Named {
+    int count, arrived;
+    Times told, seen;
+};
 struct Store {  // what is under way to an mbarrier: a store, a copy, the arrival after copies
     unsigned char *to, *barrier, bytes[16];
     const unsigned char* from;  // null: `bytes` is stored
     unsigned size, valid;       // zeros follow the valid bytes of a copy
     int arrivals, tx;
+    const Fiber* by;  // of a copy that its thread may wait for, too: the thread and its group
+    unsigned group;
 };
 struct Access {  // of shared memory: when and by whom
     uint64_t time : 46, thread : 16, atomic : 1;
@@ -93,6 +126,8 @@ struct Block {
     std::vector<Mbarrier> mbarriers;
     std::vector<Cell> cells;
     uint64_t since;  // of its last barrier
+    Named named[16];
+    std::vector<std::vector<std::pair<unsigned long long, unsigned long long>>> issued;  // products of a warpgroup
 };
 
 extern Config* config;
@@ -132,9 +167,16 @@ void mbarrier_update(void* p, int arrivals, int bytes, const char* what);
 Block& owner_of(const void* p, size_t size, const char* what);
 void own(const void* p, size_t size, const char* what);
 void learn(Times& to, const Times& from);
+void tell_times(Times& told);
 void tell(Mbarrier& m);
 void meet_memory(Warp& w, unsigned mask);
 void access(const void* p, size_t size, bool writes, bool atomic = false);
+
+// ---- products.cpp
+float float_from_bf16(unsigned short bits);
+
+// ---- warpgroups.cpp
+void check_products(const Block& b);
 
 // ---- copies.cpp
 void land(Fiber& f, unsigned groups);

@@ -54,12 +54,14 @@ static unsigned turn(unsigned step, unsigned n) { return config->descending ? n 
 static void start_block(Block& b, unsigned rank, uint3 index) {
     b.index = index, b.arrived = b.exited = 0, b.since = ++now;
     b.mbarriers.clear();
-    b.warps.assign((config->block + WARP - 1) / WARP, Warp());
+    b.warps.clear(), b.warps.resize((config->block + WARP - 1) / WARP);
+    for (Named& n : b.named) n = Named();
+    b.issued.assign((b.warps.size() + 3) / 4, {});
     if (config->block % WARP) b.warps.back().exited = ~0u << config->block % WARP;
     for (unsigned tid = 0; tid < config->block; ++tid) {
         Fiber& f = b.fibers[tid];
         f.tid = tid, f.lane = tid % WARP, f.block = &b, f.warp = &b.warps[tid / WARP];
-        f.group = 0, f.in_cluster_barrier = false;
+        f.group = 0, f.in_cluster_barrier = f.fenced = false;
         f.copies.clear(), f.seen.clear();
         if (f.lane == 0) f.warp->fibers = &f;
         wake(f);
@@ -97,7 +99,7 @@ static void run_cluster(unsigned x, unsigned y, unsigned z) {
         if (!any && !deliver_awaited()) report_stuck();
     }
     if (!stores.empty()) fail("%zu asynchronous copies or stores under way when the cluster exited", stores.size());
-    for (const Block& b : blocks) finish_block(b);
+    for (const Block& b : blocks) finish_block(b), check_products(b);
 }
 
 static void run_grid() {

@@ -10,7 +10,7 @@ namespace simt {
 unsigned short bf16_bits(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 unsigned short f16_bits(float v) { return __half_as_ushort(__float2half_rn(v)); }
 float float_from_f16(unsigned short bits) { return __half2float(__ushort_as_half(bits)); }
-static float float_from_bf16(unsigned short bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
+float float_from_bf16(unsigned short bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
 // cvt.rna: to nearest, ties away from zero; a carry into the exponent is right, up to infinity.
 float tf32(float v) { return std::isfinite(v) ? simt_bits<float>((simt_bits<unsigned>(v) + 0x1000u) & ~0x1fffu) : v; }
 

@@ -36,15 +36,16 @@ void learn(Times& to, const Times& from) {
     for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 // The running thread arrives: those who wait learn what it did, and what it knows.
-void tell(Mbarrier& m) {
+void tell_times(Times& told) {
     if (!watched) return;
-    m.told.resize(config->block);
-    learn(m.told, current->seen);
+    told.resize(config->block);
+    learn(told, current->seen);
     const unsigned first = current->tid - current->lane;
     for (unsigned i = first; i < config->block && i < first + WARP; ++i)
-        m.told[i] = std::max(m.told[i], current->warp->since);
-    m.told[current->tid] = ++now;
+        told[i] = std::max(told[i], current->warp->since);
+    told[current->tid] = ++now;
 }
+void tell(Mbarrier& m) { tell_times(m.told); }
 // Of all operations of a warp only __syncwarp orders memory.
 void meet_memory(Warp& w, unsigned mask) {
     Times all;
