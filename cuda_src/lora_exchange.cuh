@@ -81,6 +81,14 @@ CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* shared) {
 template <int kWidth>
 constexpr bool kReadParts = kCluster > 1 && kCluster* kWidth <= 128;
 
+// Where a block's part lies in a half of `received`, in parts of this width. A half is as long as the widest ones are:
+// an exchange of another width must not reach into the one before, which a slower block may still read.
+template <int kWidth>
+CUPY_LORA_DEVICE u32 part_at(u32 half, u32 block) {
+    static_assert(kChunk % kWidth == 0, "a half is whole parts");
+    return half * (kCluster * (kChunk / kWidth)) + block;
+}
+
 // Four ranks of a token, summed over this block's warps.
 template <int kWidth>
 CUPY_LORA_DEVICE float4 part_sum(const Exchange& ex, int token, int rank) {
@@ -93,7 +101,8 @@ CUPY_LORA_DEVICE float4 part_sum(const Exchange& ex, int token, int rank) {
 template <int kWidth>
 CUPY_LORA_DEVICE float4 received(const Exchange& ex, u32 half, int token, int rank) {
     return tree_sum<kCluster>([&](int block) {
-        return *reinterpret_cast<const float4*>(ex.received + ((half * kCluster + block) * 8 + token) * kWidth + rank);
+        return *reinterpret_cast<const float4*>(ex.received + (part_at<kWidth>(half, block) * 8 + token) * kWidth +
+                                                rank);
     });
 }
 
@@ -124,7 +133,7 @@ CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
             ex.joined = true;
         }
         const u32 block = blockIdx.x % kCluster;
-        float* const mine = ex.received + (half * kCluster + block) * 8 * kWidth;
+        float* const mine = ex.received + part_at<kWidth>(half, block) * 8 * kWidth;
 #pragma unroll
         for (int first = 0; first < kQuads * kCluster; first += kThreads) {
             const int item = first + static_cast<int>(threadIdx.x);

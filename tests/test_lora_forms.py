@@ -109,6 +109,31 @@ def test_same_bits_at_the_largest_rank() -> None:
     np.testing.assert_array_equal(plain, add_lora(1000, "direct", tokens=9, outs=(64,), padded=1024))
 
 
+@pytest.mark.parametrize("form", ["direct", "direct-8-blocks", "ring", "ring-32-rows"])
+@pytest.mark.parametrize("ranks", [(64, 16, 8), (8, 32, 64), (100, 16, 40)], ids=["64+16+8", "8+32+64", "100+16+40"])
+def test_clusters_that_exchange_one_width_after_another(ranks: tuple[int, ...], form: str) -> None:
+    """A block that is ahead sends the next tile's parts while another still reads this one's."""
+    rng = np.random.default_rng(25)
+    wide, out, tokens = 256, 128, 40
+    x = rng.standard_normal((tokens, wide)).astype(np.float16)
+    slots = rng.integers(0, len(ranks), tokens)
+    found = []
+    for clusters in (1, None):
+        with on_cpu(clusters=clusters) as engine:
+            weights = cupy_lora.LoraWeights(wide, out, max_adapters=len(ranks), dtype="float16", device="cpu")
+            draw = np.random.default_rng(26)
+            for slot, rank in enumerate(ranks):
+                a, b = draw.standard_normal((rank, wide)), draw.standard_normal((out, rank))
+                weights.load(slot, engine.array(a.astype(np.float16)), engine.array(b.astype(np.float16)), copy=False)
+            batch = cupy_lora.LoraBatch(1024, max_adapters=len(ranks), device="cpu")  # so many have lists of 32 rows
+            batch.update(engine.array(slots))
+            y = engine.array(np.zeros((tokens, out), np.float16))
+            cupy_lora.add_lora(y, engine.array(x), weights, batch, config=FORMS[form])
+        found.append(np.array(y).view(np.uint16))
+    assert found[0].any()
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block"])
 @pytest.mark.parametrize("later", [3, 40, 90])
 def test_a_launch_replayed_with_another_batch(later: int, form: str) -> None:
