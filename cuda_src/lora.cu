@@ -27,7 +27,7 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
             ex, x_row, w.a, kRank, [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); },
             first_x);
         __syncthreads();
-        exchange_parts<kWidth>(ex, tile.rows);
+        exchange_parts<kWidth>(ex, tile.rows, [&] { expand.take_early(); });
         ptx::start_next();  // not earlier: blocks of the next launch would take room from clusters still to come
         expand.finish([&](int rank) {
             const float4 q = exchanged<kWidth>(ex, g, rank);

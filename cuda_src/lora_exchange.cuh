@@ -110,9 +110,10 @@ CUPY_LORA_DEVICE void sum_quads(const Exchange& ex, int rows, float* to, const S
 }
 
 // After this block's parts are in shared memory and the block has synchronised: sends their sum to the
-// cluster and waits for the others'. `kWidth` is the caller's chunk (at most kChunk).
-template <int kWidth>
-CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
+// cluster and waits for the others'. `kWidth` is the caller's chunk (at most kChunk). `meanwhile` is called once this
+// block's are on their way.
+template <int kWidth, class Meanwhile>
+CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows, const Meanwhile& meanwhile) {
     if constexpr (kCluster > 1) {
         constexpr int kQuads = 8 * kWidth / 4;
         const u32 half = ex.uses & 1, parity = ex.uses >> 1 & 1;
@@ -138,14 +139,21 @@ CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
                                     ptx::map_shared(barrier, peer));
             }
         }
+        meanwhile();
         ptx::mbarrier_wait(barrier, parity);
         if constexpr (!kReadParts<kWidth>) {
             sum_quads<kWidth>(ex, rows, ex.whole,
                               [&](int token, int rank) { return received<kWidth>(ex, half, token, rank); });
         }
     } else {
+        meanwhile();
         sum_quads<kWidth>(ex, rows, ex.whole, [&](int token, int rank) { return part_sum<kWidth>(ex, token, rank); });
     }
+}
+
+template <int kWidth>
+CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
+    exchange_parts<kWidth>(ex, rows, [] {});
 }
 
 // Four ranks of a token of the v just exchanged (not scaled).

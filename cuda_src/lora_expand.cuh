@@ -89,7 +89,8 @@ constexpr bool kStaged =
     slot_rank(kRank) && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed && sizeof(Out) == 2;
 
 // This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
-// `request` asks for the first of them, which does not take v; `finish` multiplies.
+// `request` asks for the first of them, which does not take v; `take_early` moves a narrow rank's first units on to
+// registers, while v is on its way, and asks for the units that have their slots next; `finish` multiplies.
 template <int kRank>
 struct ExpandStaged {
     // Narrow units where a wide rank meets the sums of a whole tile, or other bodies in the kernel: registers.
@@ -99,6 +100,11 @@ struct ExpandStaged {
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
     static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
     static constexpr int kAhead = kMine < STAGES ? kMine : STAGES;
+    // Units that go to registers while v is on its way: where it is waited for, and leaves room for them.
+    static constexpr int kEarly = kCluster == 1 || kRank > 16 || kMine > 4 ? 0
+                                  : kMine == 2 && kAhead == 2 && kWhole    ? 2
+                                                                           : 1;
+    static constexpr int kTaken = kEarly > 0 ? kEarly : 1;
     using S = Slot<kRank, kPairs, kUnit, 8>;
     static_assert(S::kBytes <= kStageBytes, "the slots are laid out for the widest rank");
 
@@ -110,6 +116,9 @@ struct ExpandStaged {
     int first;  // its column where this warp's unit 0 starts
     int rows;
     bool writes[2];  // tokens 2t and 2t + 1
+    typename S::Place place;
+    typename S::Y early_y[kTaken][2];
+    typename S::B early_b[kTaken];
 
     CUPY_LORA_DEVICE void request_unit(int unit) {
         const int lane = threadIdx.x % 32, column = first + unit * kDeal * kUnit;
@@ -156,27 +165,62 @@ struct ExpandStaged {
         for (int unit = 0; unit < kAhead; ++unit) request_unit(unit);
     }
 
+    // Waits for this warp's copies of `unit`.
+    CUPY_LORA_DEVICE const unsigned char* arrived(int unit) const {
+        ptx::copy_async_wait<kAhead - 1>();
+        __syncwarp();
+        return slots + unit % kAhead * kStageBytes;
+    }
+
+    // The slot of `unit` has been read by this thread: its next unit overwrites it.
+    CUPY_LORA_DEVICE void pass_on(int unit) {
+        __syncwarp();
+        request_unit(unit + kAhead);
+    }
+
+    static CUPY_LORA_DEVICE typename S::Place my_place() { return S::place(threadIdx.x % 32 / 4 * 2 * kPairs, 0); }
+
+    CUPY_LORA_DEVICE void take_early() {
+        if constexpr (kEarly > 0) {
+            place = my_place();
+#pragma unroll
+            for (int unit = 0; unit < kEarly; ++unit) {
+                const unsigned char* const slot = arrived(unit);
+                S::read_y(early_y[unit], slot, place);
+                S::read_b(early_b[unit], slot, place, 0);
+                pass_on(unit);
+            }
+        }
+    }
+
     template <class VQuad>
     CUPY_LORA_DEVICE void finish(const VQuad& v_quad) {
-        const int g = threadIdx.x % 32 / 4;
         typename S::V v;
         S::split(v, v_quad);
-        const typename S::Place place = S::place(g * 2 * kPairs, 0);
-#pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
-        for (int unit = 0; unit < kMine; ++unit) {
-            if (!kWhole && first + unit * kDeal * kUnit >= width) break;
-            ptx::copy_async_wait<kAhead - 1>();
-            __syncwarp();
-            typename S::Y y[2];
-            S::multiply(y, slots + unit % kAhead * kStageBytes, place, v);
-            const int shift = unit * kDeal * kUnit;
-            const bool inside = kWhole || first + g * 2 * kPairs + shift < width;
+        if constexpr (kEarly == 0) place = my_place();
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                if (writes[h] && inside) y[h].store(y_to[h] + shift, 8);
-            }
-            __syncwarp();  // the slot's next unit overwrites it
-            request_unit(unit + kAhead);
+        for (int unit = 0; unit < kEarly; ++unit) {
+            S::multiply(early_y[unit], v, [&](typename S::B& b, int) { S::copy_b(b, early_b[unit]); });
+            store(early_y[unit], unit);
+        }
+#pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
+        for (int unit = kEarly; unit < kMine; ++unit) {
+            if (!kWhole && first + unit * kDeal * kUnit >= width) break;
+            const unsigned char* const slot = arrived(unit);
+            typename S::Y y[2];
+            S::read_y(y, slot, place);
+            S::multiply(y, v, [&](typename S::B& b, int group) { S::read_b(b, slot, place, group); });
+            store(y, unit);
+            pass_on(unit);
+        }
+    }
+
+    CUPY_LORA_DEVICE void store(const typename S::Y (&y)[2], int unit) const {
+        const int g = threadIdx.x % 32 / 4, shift = unit * kDeal * kUnit;
+        const bool inside = kWhole || first + g * 2 * kPairs + shift < width;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if (writes[h] && inside) y[h].store(y_to[h] + shift, 8);
         }
     }
 };

@@ -74,6 +74,7 @@ CUPY_LORA_DEVICE void expand_tile(const Tile& tile, const In* v, i64 v_stride, c
     if constexpr (kStaged<kOf>) {
         ExpandStaged<kOf> expand;
         expand.request(stages, tile, out, out_stride, b, kWidest);
+        expand.take_early();
         expand.finish([&](int at) {
             return make_float4(at < kRank ? v_of(at) : 0.f, at + 1 < kRank ? v_of(at + 1) : 0.f,
                                at + 2 < kRank ? v_of(at + 2) : 0.f, at + 3 < kRank ? v_of(at + 3) : 0.f);

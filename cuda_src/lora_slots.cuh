@@ -76,16 +76,38 @@ struct Slot {
         return p;
     }
 
-    // y of the lane's two tokens (where ADD says so) plus v times B, in `y`.
-    using Y = Columns<Half, 2 * kPairs, true>;
+    using Y = Columns<Half, 2 * kPairs, true>;  // of one token
+    using B = u32[kPairs][2][kRun / 2];         // the lane's columns, the ranks of one group
 
-    static CUPY_LORA_DEVICE void multiply(Y (&y)[2], const unsigned char* slot, const Place& p, const V& v) {
-        float sum[kPairs][4];
+    static CUPY_LORA_DEVICE void read_y(Y (&y)[2], const unsigned char* slot, const Place& p) {
         if constexpr (kAddToY) {
             y[0].load(reinterpret_cast<const Half*>(slot + p.y), 8);
             y[1].load(reinterpret_cast<const Half*>(slot + p.y + kYChunks * 16),
                       8);  // 2t and 2t + 1 are swizzled alike
         }
+    }
+
+    static CUPY_LORA_DEVICE void read_b(B& b, const unsigned char* slot, const Place& p, int group) {
+#pragma unroll
+        for (int i = 0; i < 2 * kPairs; ++i) {
+            const int row = kRank == 64 ? i : (i % kSwap ^ p.swap) + i / kSwap * kSwap;
+            const int at = kRank == 64 ? p.b ^ group * 64 : p.b;
+            read_run(b[i / 2][i % 2], slot + at + row * kRank * 2);
+        }
+    }
+
+    static CUPY_LORA_DEVICE void copy_b(B& to, const B& from) {
+#pragma unroll
+        for (int i = 0; i < 2 * kPairs; ++i) {
+#pragma unroll
+            for (int word = 0; word < kRun / 2; ++word) to[i / 2][i % 2][word] = from[i / 2][i % 2][word];
+        }
+    }
+
+    // y of the lane's two tokens (where ADD says so) plus v times B, in `y`. b_of(b, group) reads a group's ranks.
+    template <class BOf>
+    static CUPY_LORA_DEVICE void multiply(Y (&y)[2], const V& v, const BOf& b_of) {
+        float sum[kPairs][4];
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.f;
@@ -96,13 +118,8 @@ struct Slot {
         }
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-            u32 b[kPairs][2][kRun / 2];
-#pragma unroll
-            for (int i = 0; i < 2 * kPairs; ++i) {
-                const int row = kRank == 64 ? i : (i % kSwap ^ p.swap) + i / kSwap * kSwap;
-                const int at = kRank == 64 ? p.b ^ group * 64 : p.b;
-                read_run(b[i / 2][i % 2], slot + at + row * kRank * 2);
-            }
+            B b;
+            b_of(b, group);
             expand_group<kRun>(sum, b, v[group]);
         }
 #pragma unroll
