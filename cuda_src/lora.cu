@@ -23,7 +23,7 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
         ExpandStaged<kRank> expand;
-        shrink_leaves<kWidth / 16, kShrinkBudget>(
+        shrink_leaves<kWidth / 16, kShrinkBudget, true>(
             ex, x_row, w.a, kRank, [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); },
             first_x);
         __syncthreads();
@@ -181,11 +181,9 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     int safe = ptx::load_int(record + 8);
 #endif
     const int count = ptx::load_int(tile_count);
+    const auto there = [&](int slot) { return slot >= 0 && slot < slots; };
     const auto weights_of = [&](int slot) {
-        const bool there = slot >= 0 && slot < slots;
-        Record w = load_record(table + static_cast<i64>(there ? slot : 0) * kSlices + slice);
-        if (!there) w.rank = 0;
-        return w;
+        return load_record(table + static_cast<i64>(there(slot) ? slot : 0) * kSlices + slice);
     };
     Record w = weights_of(head.x);
     start_barriers(shared, TILE_ROWS > 8 ? 4 : 2);
@@ -206,7 +204,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
             first_x.request(x_row);
         }
 #endif
-        if (w.rank > 0) tile_of_rank(w.rank, block, layer, tile, w, y + offset, x_row, &first_x);
+        if (there(head.x) && w.rank > 0) tile_of_rank(w.rank, block, layer, tile, w, y + offset, x_row, &first_x);
         at += step;
         if (at >= count) break;
         record = tiles + static_cast<i64>(at) * kStride;

@@ -282,12 +282,19 @@ CUPY_LORA_DEVICE void load_run(u32 (&words)[kRun / 2], const T* p, int valid, i6
     }
 }
 
-// 8 columns of a row of x or A.
-template <bool kVectors, class T>
+// 8 columns of a row of x or A. kStays: by a strong load, which stays where it stands; the assembler moves a weak one
+// to where it is needed, behind the wait for another load or behind copies that are needed later.
+template <bool kVectors, bool kStays = false, class T>
 CUPY_LORA_DEVICE uint4 load_columns(const T* p, int valid, i64 stride = 1) {
-    u32 w[4];
-    load_run<8, kVectors ? 8 : 1>(w, p, valid, stride);
-    return make_uint4(w[0], w[1], w[2], w[3]);
+    if constexpr (kVectors && kStays) {
+        float4 w = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (valid >= 8) w = ptx::load_fresh_16(reinterpret_cast<const float*>(p));
+        return make_uint4(__float_as_uint(w.x), __float_as_uint(w.y), __float_as_uint(w.z), __float_as_uint(w.w));
+    } else {
+        u32 w[4];
+        load_run<8, kVectors ? 8 : 1>(w, p, valid, stride);
+        return make_uint4(w[0], w[1], w[2], w[3]);
+    }
 }
 
 // kCount (2, 4 or 8) neighbouring elements of a row of y, raw until they are used. kVectors: moved by the
