@@ -22,11 +22,17 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     const float scale = w.scale * layer.scale;
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
+        constexpr bool kOpens = Leaf<kIn>::kExact;  // while the loads are under way: by registers
         ExpandStaged<kRank> expand;
         shrink_leaves<kWidth / 16, kShrinkBudget, true>(
-            ex, x_row, w.a, kRank, [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); },
+            ex, x_row, w.a, kRank,
+            [&] {
+                expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width);
+                if constexpr (kOpens) open_exchange<kWidth>(ex, tile.rows);
+            },
             first_x);
         __syncthreads();
+        if constexpr (!kOpens) open_exchange<kWidth>(ex, tile.rows);
         exchange_parts<kWidth>(ex, tile.rows, [&] { expand.take_early(); });
         ptx::start_next();  // not earlier: blocks of the next launch would take room from clusters still to come
         expand.finish([&](int rank) {

@@ -150,6 +150,7 @@ CUPY_LORA_DEVICE void shrink_chunks(Exchange& ex, const Half* x_row, const Half*
     for (int first = 0; first < rank; first += kWidth) {
         shrink_leaves<kWidth / 16, kBudget>(ex, x_row, a + static_cast<i64>(first) * kARow, rank - first, [] {});
         __syncthreads();
+        open_exchange<kWidth>(ex, rows);
         exchange_parts<kWidth>(ex, rows);
 #pragma unroll 1
         for (int quad = threadIdx.x; quad < rows * (kWidth / 4); quad += kThreads) {

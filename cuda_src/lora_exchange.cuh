@@ -109,6 +109,20 @@ CUPY_LORA_DEVICE void sum_quads(const Exchange& ex, int rows, float* to, const S
     __syncthreads();
 }
 
+// Ahead of an exchange, while x and A are on their way: the barrier learns what it will count, and the other blocks are
+// known to run. `kWidth` and `rows` are those of exchange_parts.
+template <int kWidth>
+CUPY_LORA_DEVICE void open_exchange(Exchange& ex, int rows) {
+    if constexpr (kCluster > 1) {
+        u64* const barrier = ex.barriers + (ex.uses & 1);
+        if (threadIdx.x == 0) ptx::mbarrier_expect(barrier, static_cast<u32>(rows * kWidth * 4 * kCluster));
+        if (!ex.joined) {
+            ptx::cluster_wait();
+            ex.joined = true;
+        }
+    }
+}
+
 // After this block's parts are in shared memory and the block has synchronised: sends their sum to the
 // cluster and waits for the others'. `kWidth` is the caller's chunk (at most kChunk). `meanwhile` is called once this
 // block's are on their way.
@@ -119,11 +133,6 @@ CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows, const Meanwhile& me
         const u32 half = ex.uses & 1, parity = ex.uses >> 1 & 1;
         ++ex.uses;
         u64* const barrier = ex.barriers + half;
-        if (threadIdx.x == 0) ptx::mbarrier_expect(barrier, static_cast<u32>(rows * kWidth * 4 * kCluster));
-        if (!ex.joined) {
-            ptx::cluster_wait();
-            ex.joined = true;
-        }
         const u32 block = blockIdx.x % kCluster;
         float* const mine = ex.received + (half * kCluster + block) * 8 * kWidth;
 #pragma unroll

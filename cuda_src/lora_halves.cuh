@@ -35,7 +35,8 @@ CUPY_LORA_DEVICE void shrink_tile(Exchange& ex, const Tile& tile, const In* x, i
                                   i64 out_stride, float scale) {
     constexpr int kWidth = chunk_of(kRank);
     const int g = threadIdx.x % 32 / 4, first = static_cast<int>(blockIdx.y) * kWidth;
-    shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x + tile.row(g) * x_stride, a + first * kARow, kRank - first, [] {});
+    shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x + tile.row(g) * x_stride, a + first * kARow, kRank - first,
+                                              [&] { open_exchange<kWidth>(ex, tile.rows); });
     __syncthreads();
     exchange_parts<kWidth>(ex, tile.rows);
     const int block = static_cast<int>(blockIdx.x) % kCluster;
