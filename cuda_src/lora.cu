@@ -64,21 +64,22 @@ struct Block {
 };
 
 CUPY_LORA_DEVICE Block block_at(unsigned char* shared, u32 state) {
-    const ExchangeState exchange{state & 3, (state & 4) != 0};
+    const ExchangeState exchange{state & 3, state >> 3 & 1, (state & 4) != 0};
 #if TILE_ROWS > 8
     unsigned char* const received = shared + 128 + kTableBytes;
     unsigned char* const remote = received + kReceivedBytes;
     unsigned char* const local = remote + kRingRemoteBytes;
-    return Block{exchange_at(shared, received, local, exchange), ring_at(shared + 16, remote, state >> 3), local};
+    return Block{exchange_at(shared, received, local, exchange),
+                 ring_at(shared + 8 * kExchangeBarriers, remote, state >> 4), local};
 #else
     return Block{exchange_at(shared, exchange)};
 #endif
 }
 
 CUPY_LORA_DEVICE u32 state_of(const Block& block) {
-    u32 state = (block.ex.uses & 3) | (block.ex.joined ? 4u : 0u);
+    u32 state = (block.ex.uses & 3) | (block.ex.joined ? 4u : 0u) | (block.ex.hops & 1) << 3;
 #if TILE_ROWS > 8
-    state |= (block.ring.uses & 1) << 3;
+    state |= (block.ring.uses & 1) << 4;
 #endif
     return state;
 }
@@ -192,7 +193,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         return load_record(table + static_cast<i64>(there(slot) ? slot : 0) * kSlices + slice);
     };
     Record w = weights_of(head.x);
-    start_barriers(shared, TILE_ROWS > 8 ? 4 : 2);
+    start_barriers(shared, kExchangeBarriers + (TILE_ROWS > 8 ? 2 : 0));
     Block block = block_at(shared, kCluster == 1 ? 4 : 0);
     if (at >= count) return;
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();

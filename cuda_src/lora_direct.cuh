@@ -10,7 +10,7 @@
 // B and y, where the rank and the alignment allow it, to shared memory: in registers they would cost the block
 // its occupancy, and the assembler moves such loads behind the products (10.0 instead of 7 us at 64 adapters).
 //
-// Shared memory (bytes): 128 for two mbarriers | received: float [2][kCluster][8][kChunk] (clusters) |
+// Shared memory (bytes): 128 for mbarriers | received: float [2][kHalf] of lora_exchange.cuh (clusters) |
 // parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] | v: float [8][kMaxRank + 4] (ranks that are
 // not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are). `direct_shared_bytes` in
 // cupy_lora/_lora_plan.py is the same sum.

@@ -6,8 +6,7 @@
 // Order of the sums, fixed for the library:
 // - K is cut into 64 leaves of 32 * ceil(K / 2048) columns; a leaf is summed by consecutive k16 tensor
 //   core products, the leaves by a binary tree of float32 additions. Leaves past K are zeros.
-// - y's accumulators start from y and take the rank in k16 blocks, each as the terms of the split v,
-//   smallest first.
+// - y's accumulators start from y and take the rank in k16 blocks, each as the split v's terms, smallest first.
 // Hence a row's bits depend on the row, its adapter and the layer's shape: not on the number of
 // blocks or warps that shared the work, the tile it was in, or which kernel computed it.
 //

@@ -11,7 +11,7 @@
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
 //   B, y  RingSlot of lora_slots.cuh
-// Shared memory of the block: 128 for four mbarriers | 256 for the table of rows | received of the direct form | shares
+// Shared memory of the block: 128 for mbarriers | 256 for the table of rows | received of the direct form | shares
 // and v (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and
 // v. `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
@@ -122,38 +122,16 @@ CUPY_LORA_DEVICE RingExchange ring_at(unsigned char* barriers, unsigned char* re
 template <int kRank>
 CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float* parts, int rows) {
     using S = RingShape<kRank>;
-    constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads, kShare = kAll / kCluster;
+    constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads;
     const u32 parity = rx.uses++ & 1;
-    const int block = static_cast<int>(blockIdx.x % kCluster), thread = static_cast<int>(threadIdx.x);
-    int mine = rows * kQuads - block * kShare;
-    mine = mine < 0 ? 0 : mine > kShare ? kShare : mine;
-    if (thread == 0) {
-        ptx::mbarrier_expect(rx.barriers, static_cast<u32>(mine * 16 * kCluster));
-        ptx::mbarrier_expect(rx.barriers + 1, static_cast<u32>(rows * kQuads * 16));
-    }
+    if (threadIdx.x == 0) expect_shares<kAll>(rx.barriers, rx.barriers + 1, rows * kQuads);
     if (!ex.joined) {
         ptx::cluster_wait();
         ex.joined = true;
     }
-    const auto send = [](float* to, float4 v, u64* barrier, int peer) {
-        const uint4 bits =
-            make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
-        ptx::store_async_16(ptx::map_shared(to, peer), bits, ptx::map_shared(barrier, peer));
-    };
-    for (int e = thread; e < rows * kQuads; e += kThreads) {
-        send(rx.shares + (block * kShare + e % kShare) * 4, ring_part<kRank>(parts, e / kQuads, e % kQuads * 4),
-             rx.barriers, e / kShare);
-    }
-    ptx::mbarrier_wait(rx.barriers, parity);
-    for (int item = thread; item < kShare * kCluster; item += kThreads) {
-        const int e = item % kShare, peer = item / kShare;
-        if (e < mine) {
-            const float4 sum = tree_sum<kCluster>(
-                [&](int from) { return *reinterpret_cast<const float4*>(rx.shares + (from * kShare + e) * 4); });
-            send(rx.v + (block * kShare + e) * 4, sum, rx.barriers + 1, peer);
-        }
-    }
-    ptx::mbarrier_wait(rx.barriers + 1, parity);
+    exchange_shares<kAll>(
+        rx.barriers, parity, rx.barriers + 1, parity, rx.shares, rx.v, rows * kQuads,
+        [&](int quad) { return ring_part<kRank>(parts, quad / kQuads, quad % kQuads * 4); }, [] {});
 }
 
 template <int kRank>

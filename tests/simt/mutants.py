@@ -159,9 +159,15 @@ EXEMPT: tuple[tuple[str, str, int, str], ...] = (
     ("lora_exchange.cuh", "first <= 8 * kWidth / 4; first += kThreads) {", 1, "token 8 and on: not below `rows`"),
     (
         "lora_exchange.cuh",
-        "first <= kQuads * kCluster; first += kThreads) {",
+        "first <= kQuads * kSenders; first += kThreads) {",
         1,
-        "peer kCluster and on: not below kCluster",
+        "sender kSenders and on: not below kSenders",
+    ),
+    (
+        "lora_exchange.cuh",
+        "first <= kQuads; first += kThreads) {",
+        2,
+        "quad kQuads and on: not below `quads`, and of peer kCluster",
     ),
     ("lora_halves.cuh", "at + 1 <= kRank ?", 1, "`at` and kRank are multiples of 4"),
     ("lora_halves.cuh", "at + 2 <= kRank ?", 1, "`at` and kRank are multiples of 4"),
