@@ -4,7 +4,7 @@
 // flight; the ring does not drain between the two halves:
 //   shrink stage   kLeafWarps leaves of the tile's rows of x and of A
 //   expand stage   kColumns columns of the tile's rows of y and of B
-// The 8 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (16 tokens, unit of
+// The 8 or 16 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (16 tokens, unit of
 // 8 * kTiles columns). Between them each block owns a share of v: the blocks send it their parts, it sums
 // them and sends the sum to all (two hops, but v crosses the cluster once instead of kCluster times).
 //
@@ -29,7 +29,8 @@ struct RingShape {
     static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp
     static constexpr int kLeafWarps = kWarps / (kRankWarps * kTokenWarps);
     static constexpr int kLeavesEach = kLeaves / (kCluster * kLeafWarps);
-    static constexpr int kTiles = kTileRows == 16 && kRank >= 32 ? 2 : 4;  // of 8 columns, per warp and stage
+    static constexpr int kTiles =
+        kRank >= 32 && (kTileRows == 16 || kWarps > 8) ? 2 : 4;  // of 8 columns, per warp and stage
     static constexpr int kTokenTiles = kTileRows / 16;
     static constexpr int kColumns = 8 * kTiles * (kWarps / kTokenTiles);
     static constexpr int kLeafChunks = Leaf<kIn>::kColumns / 8;  // 16-byte chunks of a row of a leaf
@@ -38,11 +39,22 @@ struct RingShape {
     static constexpr int kExpandBytes = Expand::kBytes;
     static constexpr int kSlotBytes = kShrinkBytes > kExpandBytes ? kShrinkBytes : kExpandBytes;
     // A warp with many sums leaves them in shared memory now and then: each level of their tree is as many registers.
-    static constexpr int kPasses = kBlocks * kGroups >= 4 ? 4 : 1;
-    static constexpr int kParts = kLeafWarps * kPasses, kPartBytes = kParts * kTileRows * (kRows16 + 4) * 4;
+    // Where a block of 16 warps leaves few of these, the levels themselves are kept there.
+    static constexpr bool kManySums = kBlocks * kGroups * (kWarps / 8) >= 4, kTreeInShared = kManySums && kWarps > 8;
+    static constexpr int kPasses = kManySums && !kTreeInShared ? 4 : 1;
+    static constexpr int kMost = Leaf<kIn>::kSteps > 4 ? 2 : 4;  // leaves of the inner tree, by registers
+    static constexpr int kUnroll = kLeavesEach / kPasses < kMost ? kLeavesEach / kPasses : kMost;
+    static constexpr int kTurns = kLeavesEach / kPasses / kUnroll;
+    // Places of a leaf warp's sums: its parts of v (kPasses of them), or the levels of its tree, the first of which
+    // gets its part in the end.
+    static constexpr int kPlaces = !kTreeInShared ? kPasses : kMost == 2 ? 5 : 4;
+    static constexpr int kPlaceFloats = kTileRows * (kRows16 + 4);
+    static constexpr int kPartBytes = kLeafWarps * kPlaces * kPlaceFloats * 4;
+    static_assert(!kTreeInShared || kTurns <= 1 << kPlaces, "a level has no place");
     // Stages that one wait and one barrier serve.
     static constexpr int kTogether = STAGES >= 6 && kLeavesEach / kPasses >= 2 ? 2 : 1;
-    static_assert(kWarps == 8 && kTileRows >= 16 && kTileRows <= 64, "the ring is laid out for 8 warps");
+    static_assert((kWarps == 8 || kWarps == 16) && kTileRows >= 16 && kTileRows <= 64,
+                  "the ring is laid out for these");
 };
 
 // Of x and A: `row` counts the rows of all leaves of the slot.
@@ -67,8 +79,9 @@ struct RingExchange {
 template <int kRank>
 CUPY_LORA_DEVICE float4 ring_part(const float* parts, int token, int rank) {
     using S = RingShape<kRank>;
-    return tree_sum<S::kParts>([&](int part) {
-        return *reinterpret_cast<const float4*>(parts + (part * kTileRows + token) * (S::kRows16 + 4) + rank);
+    return tree_sum<S::kLeafWarps * S::kPasses>([&](int part) {
+        const float* const place = parts + part * (S::kPlaces / S::kPasses) * S::kPlaceFloats;
+        return *reinterpret_cast<const float4*>(place + token * (S::kRows16 + 4) + rank);
     });
 }
 
@@ -241,26 +254,25 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     const int rank_warp = warp % S::kRankWarps, token_warp = warp / S::kRankWarps % S::kTokenWarps;
     const int leaf_warp = warp / (S::kRankWarps * S::kTokenWarps);
     {
-        constexpr int kMost = kSteps > 4 ? 2 : 4;  // leaves of the inner tree, by registers
-        constexpr int kUnroll = S::kLeavesEach / S::kPasses < kMost ? S::kLeavesEach / S::kPasses : kMost;
         constexpr int kStepUnroll = kSteps > 4 ? 2 : kSteps;
-        static_assert(kUnroll % S::kTogether == 0, "the stages of a turn are taken together");
+        static_assert(S::kUnroll % S::kTogether == 0, "the stages of a turn are taken together");
         constexpr int kRowBytes = kChunks * 16;
         const int x_at = swizzle_leaf(leaf_warp * kLeafRows + token_warp * S::kGroups * 8 + g, t, kChunks);
         const int a_at = swizzle_leaf(leaf_warp * kLeafRows + kTileRows + rank_warp * S::kBlocks * 16 + g, t, kChunks);
-        constexpr int kTurns = S::kLeavesEach / S::kPasses / kUnroll;
-        float* part = parts +
-                      (leaf_warp * S::kPasses * kTileRows + token_warp * S::kGroups * 8 + 2 * t) * (S::kRows16 + 4) +
-                      rank_warp * S::kBlocks * 16 + g;
+        float* part = parts + leaf_warp * S::kPlaces * S::kPlaceFloats +
+                      (token_warp * S::kGroups * 8 + 2 * t) * (S::kRows16 + 4) + rank_warp * S::kBlocks * 16 + g;
+        const auto offset = [](int b, int m, int e) {
+            return (m * 8 + e % 2) * (S::kRows16 + 4) + b * 16 + 8 * (e / 2);
+        };
 #pragma unroll 1
-        for (int pass = 0; pass < S::kPasses; ++pass, part += kTileRows * (S::kRows16 + 4)) {
-            Tree<kTurns, S::kBlocks, S::kGroups> tree;
+        for (int pass = 0; pass < S::kPasses; ++pass, part += S::kPlaceFloats) {
+            Tree<S::kTreeInShared ? 1 : S::kTurns, S::kBlocks, S::kGroups> tree;
 #pragma unroll 1
-            for (int turn = 0; turn < kTurns; ++turn) {
-                Tree<kUnroll, S::kBlocks, S::kGroups> four;
+            for (int turn = 0; turn < S::kTurns; ++turn) {
+                Tree<S::kUnroll, S::kBlocks, S::kGroups> four;
                 float sum[S::kBlocks][S::kGroups][4];
 #pragma unroll
-                for (int u = 0; u < kUnroll; ++u) {
+                for (int u = 0; u < S::kUnroll; ++u) {
                     if (u % S::kTogether == 0) take();
                     const unsigned char* const slot = next_slot();
                     four.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
@@ -284,11 +296,21 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                     four.push(u, sum);
                 }
                 four.each([&](int b, int m, int e) { sum[b][m][e] = four.total(b, m, e); });
-                tree.push_at(turn, sum);
+                if constexpr (S::kTreeInShared) {
+                    int level = 0;
+                    for (; turn >> level & 1; ++level) {
+                        const float* const pending = part + level * S::kPlaceFloats;
+                        four.each([&](int b, int m, int e) { sum[b][m][e] = pending[offset(b, m, e)] + sum[b][m][e]; });
+                    }
+                    float* const to = part + (turn == S::kTurns - 1 ? 0 : level * S::kPlaceFloats);
+                    four.each([&](int b, int m, int e) { to[offset(b, m, e)] = sum[b][m][e]; });
+                } else {
+                    tree.push_at(turn, sum);
+                }
             }
-            tree.each([&](int b, int m, int e) {
-                part[(m * 8 + e % 2) * (S::kRows16 + 4) + b * 16 + 8 * (e / 2)] = tree.total(b, m, e);
-            });
+            if constexpr (!S::kTreeInShared) {
+                tree.each([&](int b, int m, int e) { part[offset(b, m, e)] = tree.total(b, m, e); });
+            }
         }
     }
     __syncthreads();
@@ -321,7 +343,8 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll 1
     for (int first = 0; first < expand_stages; first += S::kTogether) {
         take();
-        constexpr int kUnroll = kRank == 64 && sizeof(SplitV<Half>) > 24 ? 1 : S::kTogether;  // by registers
+        constexpr int kUnroll =
+            kRank == 64 && (sizeof(SplitV<Half>) > 24 || kWarps > 8) ? 1 : S::kTogether;  // by registers
 #pragma unroll kUnroll
         for (int i = 0; i < S::kTogether; ++i) {
             const int stage = first + i;

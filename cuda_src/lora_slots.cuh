@@ -137,7 +137,7 @@ struct RingSlot {
     static constexpr int kY = kColumns * kRank * 2;  // byte where y starts
     static constexpr int kBytes = kY + kTokens * kColumns * 2;
     static constexpr int kUnit = 8 * kTiles;  // columns of a warp
-    static_assert(kTiles == 4 || (kTiles == 2 && kRank >= 32 && kYChunks >= 16), "the swizzles are made for these");
+    static_assert(kTiles == 4 || (kTiles == 2 && kRank >= 32 && kYChunks >= 8), "the swizzles are made for these");
 
     // Chunk `chunk` of row `row` of B. A lane group reads rows 2 * kTiles * (g / 2) + g % 2: neighbours in pairs.
     static CUPY_LORA_DEVICE int b_byte(int row, int chunk) {

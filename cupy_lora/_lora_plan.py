@@ -71,7 +71,7 @@ def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: i
     remote = received + (2 * config.rows * max(16, *ring, 0) * 4 if config.cluster > 1 else 0)
     local = own + _V_BYTES
     for rank in ring:
-        slot, parts = ring_slot_bytes(config.rows, rank, in_features)
+        slot, parts = ring_slot_bytes(config.rows, rank, in_features, config.warps)
         local = max(local, parts + config.stages * slot)
     return 128 + 256 + remote + local
 

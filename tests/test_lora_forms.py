@@ -26,6 +26,8 @@ FORMS = {
     "ring-32-rows": LoraConfig("ring", 32, 2, 8, 3),
     "ring-64-rows": LoraConfig("ring", 64, 1, 8, 3),
     "ring-in-pairs": LoraConfig("ring", 32, 1, 8, 6),
+    "ring-16-warps": LoraConfig("ring", 64, 1, 16, 6),
+    "ring-16-warps-32-rows": LoraConfig("ring", 32, 2, 16, 3),
 }
 
 
