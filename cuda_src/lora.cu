@@ -132,6 +132,9 @@ CUPY_LORA_DEVICE_CALL u32 tile_call(u32 state, const In* x, Out* y, u32 x_stride
     return state_of(block);
 }
 
+// A launch of so few blocks leaves room for the next one's, at 8 warps a multiprocessor, from its start on.
+constexpr u32 kFewBlocks = 128 * 8 / kWarps / 2;
+
 // One coded rank is the kernel itself; every other body is called.
 constexpr bool kOneBody = kRankCount == 1;
 
@@ -193,6 +196,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         return load_record(table + static_cast<i64>(there(slot) ? slot : 0) * kSlices + slice);
     };
     Record w = weights_of(head.x);
+    if (gridDim.x * gridDim.y <= kFewBlocks) ptx::start_next();
     start_barriers(shared, kExchangeBarriers + (TILE_ROWS > 8 ? 2 : 0));
     Block block = block_at(shared, kCluster == 1 ? 4 : 0);
     if (at >= count) return;
