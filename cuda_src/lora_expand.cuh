@@ -117,8 +117,8 @@ struct ExpandStaged {
     int rows;
     bool writes[2];  // tokens 2t and 2t + 1
     typename S::Place place;
-    typename S::Y early_y[kTaken][2];
-    typename S::B early_b[kTaken];
+    typename S::Sum early_sum[kTaken];
+    ColumnsOfB<Half> early_b[kTaken][kPairs];
 
     CUPY_LORA_DEVICE void request_unit(int unit) {
         const int lane = threadIdx.x % 32, column = first + unit * kDeal * kUnit;
@@ -186,9 +186,14 @@ struct ExpandStaged {
 #pragma unroll
             for (int unit = 0; unit < kEarly; ++unit) {
                 const unsigned char* const slot = arrived(unit);
-                S::read_y(early_y[unit], slot, place);
-                S::read_b(early_b[unit], slot, place, 0);
+                typename S::Y y[2];
+                typename S::B b;
+                S::read_y(y, slot, place);
+                S::read_b(b, slot, place, 0);
                 pass_on(unit);
+                S::start(early_sum[unit], y);
+#pragma unroll
+                for (int i = 0; i < kPairs; ++i) early_b[unit][i] = columns_of_b<S::kRun, Half>(b[i], 0);
             }
         }
     }
@@ -200,16 +205,18 @@ struct ExpandStaged {
         if constexpr (kEarly == 0) place = my_place();
 #pragma unroll
         for (int unit = 0; unit < kEarly; ++unit) {
-            S::multiply(early_y[unit], v, [&](typename S::B& b, int) { S::copy_b(b, early_b[unit]); });
-            store(early_y[unit], unit);
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) expand_step(early_sum[unit][i], early_b[unit][i], v[0][0]);
+            typename S::Y y[2];
+            S::round(y, early_sum[unit]);
+            store(y, unit);
         }
 #pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
         for (int unit = kEarly; unit < kMine; ++unit) {
             if (!kWhole && first + unit * kDeal * kUnit >= width) break;
             const unsigned char* const slot = arrived(unit);
             typename S::Y y[2];
-            S::read_y(y, slot, place);
-            S::multiply(y, v, [&](typename S::B& b, int group) { S::read_b(b, slot, place, group); });
+            S::multiply(y, slot, place, v);
             store(y, unit);
             pass_on(unit);
         }

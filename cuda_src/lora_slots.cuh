@@ -96,18 +96,10 @@ struct Slot {
         }
     }
 
-    static CUPY_LORA_DEVICE void copy_b(B& to, const B& from) {
-#pragma unroll
-        for (int i = 0; i < 2 * kPairs; ++i) {
-#pragma unroll
-            for (int word = 0; word < kRun / 2; ++word) to[i / 2][i % 2][word] = from[i / 2][i % 2][word];
-        }
-    }
+    // The sums start from y of the lane's two tokens (where ADD says so), and are rounded to it.
+    using Sum = float[kPairs][4];
 
-    // y of the lane's two tokens (where ADD says so) plus v times B, in `y`. b_of(b, group) reads a group's ranks.
-    template <class BOf>
-    static CUPY_LORA_DEVICE void multiply(Y (&y)[2], const V& v, const BOf& b_of) {
-        float sum[kPairs][4];
+    static CUPY_LORA_DEVICE void start(Sum& sum, const Y (&y)[2]) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.f;
@@ -116,17 +108,28 @@ struct Slot {
                 y[1].get(i, sum[i][1], sum[i][3]);
             }
         }
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-            B b;
-            b_of(b, group);
-            expand_group<kRun>(sum, b, v[group]);
-        }
+    }
+
+    static CUPY_LORA_DEVICE void round(Y (&y)[2], const Sum& sum) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
             for (int i = 0; i < kPairs; ++i) y[h].set(i, sum[i][h], sum[i][h + 2]);
         }
+    }
+
+    // y plus v times B, in `y`.
+    static CUPY_LORA_DEVICE void multiply(Y (&y)[2], const unsigned char* slot, const Place& p, const V& v) {
+        Sum sum;
+        read_y(y, slot, p);
+        start(sum, y);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            B b;
+            read_b(b, slot, p, group);
+            expand_group<kRun>(sum, b, v[group]);
+        }
+        round(y, sum);
     }
 };
 
