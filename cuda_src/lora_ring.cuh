@@ -91,7 +91,7 @@ struct RingTile {
     int rows;
     const i32* table;
 
-    CUPY_LORA_DEVICE i64 row(int i) const { return table[i] < 0 ? ~table[i] : table[i]; }
+    CUPY_LORA_DEVICE u64 row(int i) const { return static_cast<u32>(table[i] < 0 ? ~table[i] : table[i]); }
     CUPY_LORA_DEVICE bool writes(int i) const { return table[i] >= 0; }
 
     // `count` rows from `first` on, for the direct form.
@@ -167,7 +167,10 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     constexpr int kShrinkItems = S::kLeafWarps * kLeafRows * kChunks, kShrinkEach = ceil_div(kShrinkItems, kThreads);
     constexpr bool kRegular =
         kThreads % (2 * kChunks) == 0;  // thread's next chunk: the same one of an even row further
-    const Half* from[kShrinkEach];
+    // A thread's chunks are those of one row in all leaves, where a leaf is one chunk a thread.
+    constexpr bool kOneRow = kThreads == kLeafRows * kChunks;
+    constexpr int kFroms = kOneRow ? 1 : kShrinkEach, kLeafAhead = kOneRow ? S::kLeavesEach * kChunks * 8 : 0;
+    const Half* from[kFroms];
     int to[kRegular ? 1 : kShrinkEach];
     u32 wanted = 0;  // bit j: this thread's chunk j is there
 #pragma unroll
@@ -176,9 +179,11 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         const int column = ((block * S::kLeafWarps + leaf) * S::kLeavesEach * kChunks + item % kChunks) * 8;
         if (j == 0 || !kRegular) to[j] = swizzle_leaf(item / kChunks, item % kChunks, kChunks);
         if (item < kShrinkItems && (row >= kTileRows || row < tile.rows)) wanted |= 1u << j;
-        from[j] = (row < kTileRows ? layer.x + tile.row(row) * layer.x_stride
-                                   : w.a + static_cast<i64>(row - kTileRows) * kIn) +
-                  column;
+        if (j < kFroms) {
+            from[j] = (row < kTileRows ? layer.x + tile.row(row) * layer.x_stride
+                                       : w.a + static_cast<i64>(row - kTileRows) * kIn) +
+                      column;
+        }
     }
     constexpr int kYChunks = S::kColumns / 8, kYEach = kTileRows * kYChunks / kThreads,
                   kBItems = S::kColumns * kRank / 8;
@@ -203,16 +208,18 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
             for (int j = 0; j < kShrinkEach; ++j) {
                 if (wanted >> j & 1) {
                     unsigned char* const at = slot_in + (kRegular ? to[0] + j * kThreads * 16 : to[j]);
+                    const Half* const chunk = from[kOneRow ? 0 : j] + j * kLeafAhead;
                     if constexpr (Leaf<kIn>::kExact) {
-                        ptx::copy_async_16(at, from[j]);
+                        ptx::copy_async_16(at, chunk);
                     } else {
                         const int item = thread + j * kThreads, leaf = item / (kLeafRows * kChunks);
                         const int column = ((block * S::kLeafWarps + leaf) * S::kLeavesEach + stage_in) * kChunks * 8;
-                        ptx::copy_async_16(at, from[j], column + item % kChunks * 8 < kIn);
+                        ptx::copy_async_16(at, chunk, column + item % kChunks * 8 < kIn);
                     }
                 }
-                from[j] += kChunks * 8;
             }
+#pragma unroll
+            for (int j = 0; j < kFroms; ++j) from[j] += kChunks * 8;
         } else if (stage_in < S::kLeavesEach + expand_stages) {
             const int first = ((stage_in - S::kLeavesEach) * kCluster + block) * S::kColumns;  // column of the slice
 #pragma unroll
