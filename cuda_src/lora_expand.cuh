@@ -89,7 +89,7 @@ constexpr bool kStaged =
     slot_rank(kRank) && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed && sizeof(Out) == 2;
 
 // This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
-// `request` asks for the first of them, which does not take v; `take_early` moves a narrow rank's first units on to
+// `request` asks for the first of them, which does not take v; `take_early` moves the first units of few on to
 // registers, while v is on its way, and asks for the units that have their slots next; `finish` multiplies.
 template <int kRank>
 struct ExpandStaged {
@@ -100,12 +100,13 @@ struct ExpandStaged {
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
     static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
     static constexpr int kAhead = kMine < STAGES ? kMine : STAGES;
-    // Units that go to registers while v is on its way: where it is waited for, and leaves room for them.
-    static constexpr int kEarly = kCluster == 1 || kRank > 16 || kMine > 4 ? 0
-                                  : kMine == 2 && kAhead == 2 && kWhole    ? 2
-                                                                           : 1;
-    static constexpr int kTaken = kEarly > 0 ? kEarly : 1;
     using S = Slot<kRank, kPairs, kUnit, 8>;
+    static constexpr int kInRun = S::kRun > 4 ? 2 : 1, kOperands = S::kGroups * kInRun;  // of four ranks a lane
+    // Units that go to registers while v is on its way: where it is waited for, and leaves room for them.
+    static constexpr int kFew = kMine > 4 ? 0 : kMine == 2 && kAhead == 2 && kWhole ? 2 : 1;
+    static constexpr bool kRoom = kRank == 64 && kMine == 1 && sizeof(ColumnsOfB<Half>) == 16;
+    static constexpr int kEarly = kCluster == 1 ? 0 : kRank <= 16 ? kFew : kRoom ? 1 : 0;
+    static constexpr int kTaken = kEarly > 0 ? kEarly : 1;
     static_assert(S::kBytes <= kStageBytes, "the slots are laid out for the widest rank");
 
     unsigned char* slots;
@@ -118,7 +119,7 @@ struct ExpandStaged {
     bool writes[2];  // tokens 2t and 2t + 1
     typename S::Place place;
     typename S::Sum early_sum[kTaken];
-    ColumnsOfB<Half> early_b[kTaken][kPairs];
+    ColumnsOfB<Half> early_b[kTaken][kOperands][kPairs];
 
     CUPY_LORA_DEVICE void request_unit(int unit) {
         const int lane = threadIdx.x % 32, column = first + unit * kDeal * kUnit;
@@ -187,13 +188,20 @@ struct ExpandStaged {
             for (int unit = 0; unit < kEarly; ++unit) {
                 const unsigned char* const slot = arrived(unit);
                 typename S::Y y[2];
-                typename S::B b;
                 S::read_y(y, slot, place);
-                S::read_b(b, slot, place, 0);
-                pass_on(unit);
                 S::start(early_sum[unit], y);
 #pragma unroll
-                for (int i = 0; i < kPairs; ++i) early_b[unit][i] = columns_of_b<S::kRun, Half>(b[i], 0);
+                for (int at = 0; at < kOperands; at += kInRun) {
+                    typename S::B b;
+                    S::read_b(b, slot, place, at / kInRun);
+#pragma unroll
+                    for (int s = 0; s < kInRun; ++s) {
+#pragma unroll
+                        for (int i = 0; i < kPairs; ++i)
+                            early_b[unit][at + s][i] = columns_of_b<S::kRun, Half>(b[i], s);
+                    }
+                }
+                pass_on(unit);
             }
         }
     }
@@ -206,7 +214,12 @@ struct ExpandStaged {
 #pragma unroll
         for (int unit = 0; unit < kEarly; ++unit) {
 #pragma unroll
-            for (int i = 0; i < kPairs; ++i) expand_step(early_sum[unit][i], early_b[unit][i], v[0][0]);
+            for (int at = 0; at < kOperands; ++at) {
+#pragma unroll
+                for (int i = 0; i < kPairs; ++i) {
+                    expand_step(early_sum[unit][i], early_b[unit][at][i], v[at / kInRun][at % kInRun]);
+                }
+            }
             typename S::Y y[2];
             S::round(y, early_sum[unit]);
             store(y, unit);
