@@ -22,12 +22,18 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     const float scale = w.scale * layer.scale;
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
+        constexpr bool kOpens = Leaf<kIn>::kExact;  // while the loads are under way: by registers
         ExpandStaged<kRank> expand;
-        shrink_leaves<kWidth / 16, kShrinkBudget>(
-            ex, x_row, w.a, kRank, [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); },
+        shrink_leaves<kWidth / 16, kShrinkBudget, true>(
+            ex, x_row, w.a, kRank,
+            [&] {
+                expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width);
+                if constexpr (kOpens) open_exchange<kWidth>(ex, tile.rows);
+            },
             first_x);
         __syncthreads();
-        exchange_parts<kWidth>(ex, tile.rows);
+        if constexpr (!kOpens) open_exchange<kWidth>(ex, tile.rows);
+        exchange_parts<kWidth>(ex, tile.rows, [&] { expand.take_early(); });
         ptx::start_next();  // not earlier: blocks of the next launch would take room from clusters still to come
         expand.finish([&](int rank) {
             const float4 q = exchanged<kWidth>(ex, g, rank);
@@ -58,21 +64,22 @@ struct Block {
 };
 
 CUPY_LORA_DEVICE Block block_at(unsigned char* shared, u32 state) {
-    const ExchangeState exchange{state & 3, (state & 4) != 0};
+    const ExchangeState exchange{state & 3, state >> 3 & 1, (state & 4) != 0};
 #if TILE_ROWS > 8
     unsigned char* const received = shared + 128 + kTableBytes;
     unsigned char* const remote = received + kReceivedBytes;
     unsigned char* const local = remote + kRingRemoteBytes;
-    return Block{exchange_at(shared, received, local, exchange), ring_at(shared + 16, remote, state >> 3), local};
+    return Block{exchange_at(shared, received, local, exchange),
+                 ring_at(shared + 8 * kExchangeBarriers, remote, state >> 4), local};
 #else
     return Block{exchange_at(shared, exchange)};
 #endif
 }
 
 CUPY_LORA_DEVICE u32 state_of(const Block& block) {
-    u32 state = (block.ex.uses & 3) | (block.ex.joined ? 4u : 0u);
+    u32 state = (block.ex.uses & 3) | (block.ex.joined ? 4u : 0u) | (block.ex.hops & 1) << 3;
 #if TILE_ROWS > 8
-    state |= (block.ring.uses & 1) << 3;
+    state |= (block.ring.uses & 1) << 4;
 #endif
     return state;
 }
@@ -124,6 +131,9 @@ CUPY_LORA_DEVICE_CALL u32 tile_call(u32 state, const In* x, Out* y, u32 x_stride
     tile_of<kRank>(block, layer, tile, Record{a, b, rank, scale, 0}, y, x_row, nullptr);
     return state_of(block);
 }
+
+// A launch of so few blocks leaves room for the next one's, at 8 warps a multiprocessor, from its start on.
+constexpr u32 kFewBlocks = 128 * 8 / kWarps / 2;
 
 // One coded rank is the kernel itself; every other body is called.
 constexpr bool kOneBody = kRankCount == 1;
@@ -181,14 +191,13 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     int safe = ptx::load_int(record + 8);
 #endif
     const int count = ptx::load_int(tile_count);
+    const auto there = [&](int slot) { return slot >= 0 && slot < slots; };
     const auto weights_of = [&](int slot) {
-        const bool there = slot >= 0 && slot < slots;
-        Record w = load_record(table + static_cast<i64>(there ? slot : 0) * kSlices + slice);
-        if (!there) w.rank = 0;
-        return w;
+        return load_record(table + static_cast<i64>(there(slot) ? slot : 0) * kSlices + slice);
     };
     Record w = weights_of(head.x);
-    start_barriers(shared, TILE_ROWS > 8 ? 4 : 2);
+    if (gridDim.x * gridDim.y <= kFewBlocks) ptx::start_next();
+    start_barriers(shared, kExchangeBarriers + (TILE_ROWS > 8 ? 2 : 0));
     Block block = block_at(shared, kCluster == 1 ? 4 : 0);
     if (at >= count) return;
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
@@ -206,7 +215,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
             first_x.request(x_row);
         }
 #endif
-        if (w.rank > 0) tile_of_rank(w.rank, block, layer, tile, w, y + offset, x_row, &first_x);
+        if (there(head.x) && w.rank > 0) tile_of_rank(w.rank, block, layer, tile, w, y + offset, x_row, &first_x);
         at += step;
         if (at >= count) break;
         record = tiles + static_cast<i64>(at) * kStride;

@@ -76,16 +76,30 @@ struct Slot {
         return p;
     }
 
-    // y of the lane's two tokens (where ADD says so) plus v times B, in `y`.
-    using Y = Columns<Half, 2 * kPairs, true>;
+    using Y = Columns<Half, 2 * kPairs, true>;  // of one token
+    using B = u32[kPairs][2][kRun / 2];         // the lane's columns, the ranks of one group
 
-    static CUPY_LORA_DEVICE void multiply(Y (&y)[2], const unsigned char* slot, const Place& p, const V& v) {
-        float sum[kPairs][4];
+    static CUPY_LORA_DEVICE void read_y(Y (&y)[2], const unsigned char* slot, const Place& p) {
         if constexpr (kAddToY) {
             y[0].load(reinterpret_cast<const Half*>(slot + p.y), 8);
             y[1].load(reinterpret_cast<const Half*>(slot + p.y + kYChunks * 16),
                       8);  // 2t and 2t + 1 are swizzled alike
         }
+    }
+
+    static CUPY_LORA_DEVICE void read_b(B& b, const unsigned char* slot, const Place& p, int group) {
+#pragma unroll
+        for (int i = 0; i < 2 * kPairs; ++i) {
+            const int row = kRank == 64 ? i : (i % kSwap ^ p.swap) + i / kSwap * kSwap;
+            const int at = kRank == 64 ? p.b ^ group * 64 : p.b;
+            read_run(b[i / 2][i % 2], slot + at + row * kRank * 2);
+        }
+    }
+
+    // The sums start from y of the lane's two tokens (where ADD says so), and are rounded to it.
+    using Sum = float[kPairs][4];
+
+    static CUPY_LORA_DEVICE void start(Sum& sum, const Y (&y)[2]) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
             sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.f;
@@ -94,22 +108,28 @@ struct Slot {
                 y[1].get(i, sum[i][1], sum[i][3]);
             }
         }
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-            u32 b[kPairs][2][kRun / 2];
-#pragma unroll
-            for (int i = 0; i < 2 * kPairs; ++i) {
-                const int row = kRank == 64 ? i : (i % kSwap ^ p.swap) + i / kSwap * kSwap;
-                const int at = kRank == 64 ? p.b ^ group * 64 : p.b;
-                read_run(b[i / 2][i % 2], slot + at + row * kRank * 2);
-            }
-            expand_group<kRun>(sum, b, v[group]);
-        }
+    }
+
+    static CUPY_LORA_DEVICE void round(Y (&y)[2], const Sum& sum) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
             for (int i = 0; i < kPairs; ++i) y[h].set(i, sum[i][h], sum[i][h + 2]);
         }
+    }
+
+    // y plus v times B, in `y`.
+    static CUPY_LORA_DEVICE void multiply(Y (&y)[2], const unsigned char* slot, const Place& p, const V& v) {
+        Sum sum;
+        read_y(y, slot, p);
+        start(sum, y);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            B b;
+            read_b(b, slot, p, group);
+            expand_group<kRun>(sum, b, v[group]);
+        }
+        round(y, sum);
     }
 };
 
@@ -120,7 +140,7 @@ struct RingSlot {
     static constexpr int kY = kColumns * kRank * 2;  // byte where y starts
     static constexpr int kBytes = kY + kTokens * kColumns * 2;
     static constexpr int kUnit = 8 * kTiles;  // columns of a warp
-    static_assert(kTiles == 4 || (kTiles == 2 && kRank >= 32 && kYChunks >= 16), "the swizzles are made for these");
+    static_assert(kTiles == 4 || (kTiles == 2 && kRank >= 32 && kYChunks >= 8), "the swizzles are made for these");
 
     // Chunk `chunk` of row `row` of B. A lane group reads rows 2 * kTiles * (g / 2) + g % 2: neighbours in pairs.
     static CUPY_LORA_DEVICE int b_byte(int row, int chunk) {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16", FLOAT32: "float"}
 _MAX_RANK_SHARED: Final = 1024  # kMaxRank of lora_config.cuh
 _STRAIGHT_RANK: Final = 64  # ranks to here take one exchange
+_HOP_STORES: Final = 400  # kHopStores of lora_exchange.cuh
 _CODED_IN: Final = 8192  # longest x with several of them
 _CODED_RANKS: Final = 4  # ranks with code of their own in one kernel
 _VECTOR: Final = 16  # bytes of the widest access
@@ -40,9 +41,16 @@ def stage_bytes(ranks: tuple[int, ...]) -> int:
     return 64 * (max((rank for rank in ranks if staged_rank(rank)), default=0) + 8) * 2
 
 
-def _exchange_bytes(config: LoraConfig, chunk: int) -> tuple[int, int]:
+def _half(cluster: int, chunk: int) -> int:
+    """Floats that other blocks write in an exchange of so many ranks: ``half_of`` of lora_exchange.cuh."""
+    rows = 8 if cluster <= 2 else min(8, 4 * _HOP_STORES // (chunk * (cluster - 2)))
+    return max(cluster * rows, 8 if rows < 8 else 0) * chunk
+
+
+def _exchange_bytes(config: LoraConfig, chunks: tuple[int, ...]) -> tuple[int, int]:
     """Bytes that other blocks of the cluster write, and the block's own, without v and slots."""
-    received = 2 * config.cluster * 8 * chunk * 4 if config.cluster > 1 else 0
+    chunk = max(chunks)
+    received = 2 * 4 * max(_half(config.cluster, of) for of in chunks) if config.cluster > 1 else 0
     return received, config.warps * 8 * (chunk + 4) * 4 + 8 * chunk * 4
 
 
@@ -51,7 +59,7 @@ _V_BYTES: Final = 8 * (_MAX_RANK_SHARED + 4) * 4
 
 def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], *, holds_v: bool) -> int:
     """Dynamic shared memory of the direct form: the map in lora_direct.cuh."""
-    received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
+    received, own = _exchange_bytes(config, (16, *map(chunk_of, ranks)))
     slots = config.warps * config.stages * stage_bytes(ranks)
     return 128 + received + own + max(slots, _V_BYTES if holds_v else 0)
 
@@ -59,11 +67,11 @@ def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], *, holds_v: 
 def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> int:
     """Dynamic shared memory of the ring form: the map in lora_ring.cuh."""
     ring = [rank for rank in ranks if staged_rank(rank)]
-    received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
+    received, own = _exchange_bytes(config, (16, *map(chunk_of, ranks)))
     remote = received + (2 * config.rows * max(16, *ring, 0) * 4 if config.cluster > 1 else 0)
     local = own + _V_BYTES
     for rank in ring:
-        slot, parts = ring_slot_bytes(config.rows, rank, in_features)
+        slot, parts = ring_slot_bytes(config.rows, rank, in_features, config.warps)
         local = max(local, parts + config.stages * slot)
     return 128 + 256 + remote + local
 

@@ -308,18 +308,18 @@ def _ring(rank: int, rows: int, cluster: int, in_features: int, facts: DeviceFac
     return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)))
 
 
-def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
+def ring_slot_bytes(rows: int, rank: int, in_features: int, warps: int = 8) -> tuple[int, int]:
     """Bytes of one slot of the ring, and of the parts beside it: RingShape of lora_ring.cuh."""
     rank_warps = 1 if rank < 64 else 2 if rows < 64 else 4
-    token_warps = min(rows // 8, 8 // rank_warps)
-    leaf_warps = 8 // (rank_warps * token_warps)
-    pairs = 2 if rows == 16 and rank >= 32 else 4
-    columns = 16 * pairs * (8 // (rows // 8))
+    token_warps = min(rows // 8, warps // rank_warps)
+    leaf_warps = warps // (rank_warps * token_warps)
+    tiles = 2 if rank >= 32 and (rows == 16 or warps > 8) else 4
+    columns = 8 * tiles * (warps // (rows // 16))
     leaf_columns = 32 * -(-in_features // 2048)
     slot = max(leaf_warps * (rows + rank) * leaf_columns * 2, columns * (rank + rows) * 2)
     blocks, groups = max(rank, 16) // 16 // rank_warps, rows // 8 // token_warps
-    passes = 4 if blocks * groups >= 4 else 1
-    return slot, passes * leaf_warps * rows * (max(rank, 16) + 4) * 4
+    places = 1 if blocks * groups * (warps // 8) < 4 else 5 if warps > 8 and in_features > 8192 else 4
+    return slot, places * leaf_warps * rows * (max(rank, 16) + 4) * 4
 
 
 def _direct(

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.simt
 FORMS = {
     "direct": LoraConfig("direct", 8, 2, 4),
     "direct-8-blocks": LoraConfig("direct", 8, 8, 4),
+    "direct-16-blocks": LoraConfig("direct", 8, 16, 4, 1),
     "direct-one-block": LoraConfig("direct", 8, 1, 8),
     "direct-16-warps": LoraConfig("direct", 8, 1, 16, 1),
     "direct-one-unit-ahead": LoraConfig("direct", 8, 1, 4, 1),
@@ -26,6 +27,8 @@ FORMS = {
     "ring-32-rows": LoraConfig("ring", 32, 2, 8, 3),
     "ring-64-rows": LoraConfig("ring", 64, 1, 8, 3),
     "ring-in-pairs": LoraConfig("ring", 32, 1, 8, 6),
+    "ring-16-warps": LoraConfig("ring", 64, 1, 16, 6),
+    "ring-16-warps-32-rows": LoraConfig("ring", 32, 2, 16, 3),
 }
 
 
