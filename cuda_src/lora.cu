@@ -4,14 +4,14 @@
 //   x (tokens, in), y (tokens, sum of the slices' widths), A (rank, in), B (width, rank)
 //
 // Grid: x = clusters of CLUSTER blocks that take tiles in turn (any number of them is right, as many as
-// there are tiles is fastest), y = slices. Block: 32 * WARPS threads. A tile is up to TILE_ROWS tokens of
-// one slot, listed by build_tiles (lora_batch.cu). The forms are described in lora_direct.cuh and
-// lora_ring.cuh; both give the same bits (lora_math.cuh).
+// there are tiles is fastest; where clusters split, as many as fit at once), y = slices. Block: 32 * WARPS threads. A
+// tile is up to TILE_ROWS tokens of one slot, listed by build_tiles (lora_batch.cu). The forms are described in
+// lora_direct.cuh and lora_ring.cuh; both give the same bits (lora_math.cuh).
 //
 // Preconditions: CLUSTER > 1 needs sm_90. Slots that the table does not have and rows from `tokens` on are skipped.
 #include "lora_direct.cuh"
 #if TILE_ROWS > 8
-#include "lora_ring.cuh"
+#include "lora_order.cuh"
 #endif
 
 // One tile of one slice by the direct form; kRank 0: the rank is known at run time only.
@@ -48,6 +48,10 @@ using Rows = RingTile;
 using Rows = Tile;
 #endif
 
+#if TILE_ROWS > 8
+constexpr int kOrderAt = 128 + kTableBytes, kReceivedAt = kOrderAt + (kSplit ? kOrderBytes : 0);
+#endif
+
 // What a block works with; all but a few bits of it are addresses.
 struct Block {
     Exchange ex;
@@ -60,7 +64,7 @@ struct Block {
 CUPY_LORA_DEVICE Block block_at(unsigned char* shared, u32 state) {
     const ExchangeState exchange{state & 3, (state & 4) != 0};
 #if TILE_ROWS > 8
-    unsigned char* const received = shared + 128 + kTableBytes;
+    unsigned char* const received = shared + kReceivedAt;
     unsigned char* const remote = received + kReceivedBytes;
     unsigned char* const local = remote + kRingRemoteBytes;
     return Block{exchange_at(shared, received, local, exchange), ring_at(shared + 16, remote, state >> 3), local};
@@ -155,12 +159,72 @@ CUPY_LORA_DEVICE void tile_of_rank(int rank, Block& block, const Args&... args) 
     }
 }
 
+// What tells a block its tiles.
+struct Work {
+    const Record* table;  // of this slice; a slot's is kSlices further than the one before's
+    const i32* tiles;     // head (slot, rows) and, 8 ints further, the rows of each
+    const i32* count;
+    i32 slots, records;  // `records`: of `tiles` that may be read, whatever the count
+
+    static constexpr int kStride = 8 + kTileRows;
+    CUPY_LORA_DEVICE const i32* tile(int at) const { return tiles + static_cast<i64>(at) * kStride; }
+
+    // A record past the count may hold anything, so its slot is checked before it is followed.
+    CUPY_LORA_DEVICE bool has(int slot) const { return slot >= 0 && slot < slots; }
+    CUPY_LORA_DEVICE const Record* weights(int slot) const { return table + static_cast<i64>(slot) * kSlices; }
+};
+
+#if TILE_ROWS > 8
+// All of this block's tiles where clusters split (lora_order.cuh).
+CUPY_LORA_DEVICE void work_in_order(Block& block, const Layer& layer, const Work& work, Out* y) {
+    unsigned char* const order = block_shared() + kOrderAt;
+    Chosen* const chosen = reinterpret_cast<Chosen*>(order);
+    i32* const counts = reinterpret_cast<i32*>(order + sizeof(Chosen));
+    const int thread = static_cast<int>(threadIdx.x);
+    int2 head = make_int2(-1, 0);
+    if (thread < work.records) head = ptx::load_int2(work.tile(thread));  // beside the count, not after it
+    const int count = ptx::load_int(work.count);
+#pragma unroll 1
+    for (int start = 0; start < count; start += kSorted) {
+        if (start > 0) {
+            __syncthreads();
+            if constexpr (kCluster > 1) {
+                if (!block.ex.joined) ptx::cluster_wait();
+                block.ex.joined = true;
+                ptx::cluster_arrive_relaxed();
+                ptx::cluster_wait();
+            }
+            if (start + thread < count) head = ptx::load_int2(work.tile(start + thread));
+        }
+        const bool here = work.has(head.x);
+        const int rank = here ? ptx::load_int(&work.weights(head.x)->rank) : 0;
+        Place mine;
+        const int positions = place_tile(mine, counts, start + thread < count ? rank : 0);
+#pragma unroll 1
+        for (int round = 0; round * static_cast<int>(gridDim.x) < positions; ++round) {
+            const int at = position_in(round);
+            if (mine.first <= at && at < mine.last) *chosen = Chosen{start + thread, head.x, head.y, 0};
+            __syncthreads();
+            if (at >= positions) continue;
+            const Chosen next = *chosen;
+            const i32* const list = work.tile(next.tile) + 8;
+            const int listed = ptx::load_int(list + thread % kTileRows), safe = ptx::load_int(list);
+            const Record w = load_record(work.weights(next.slot));
+            fill_table(table_of(block_shared()), listed, safe, next.rows, layer.tokens);  // while w is on its way
+            __syncthreads();
+            tile_of_rank(w.rank, block, layer, Rows{next.rows, table_of(block_shared())}, w, y,
+                         static_cast<const In*>(nullptr), static_cast<const FirstX*>(nullptr));
+        }
+    }
+}
+#endif
+
 extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     add_lora(const In* __restrict__ x, Out* y, const Record* __restrict__ table, const i32* __restrict__ tiles,
-             const i32* __restrict__ tile_count, i32 tokens, i32 slots, u32 x_stride, u32 y_stride, float scale) {
+             const i32* __restrict__ tile_count, i32 tokens, i32 slots, i32 records, u32 x_stride, u32 y_stride,
+             float scale) {
     ptx::begin_launch(false);
     unsigned char* const shared = block_shared();
-    constexpr int kStride = 8 + kTileRows;
     const int slice = static_cast<int>(blockIdx.y);
     int width = kWidths[0];
     i64 offset = 0;
@@ -169,11 +233,23 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         if (slice >= s) offset += kWidths[s - 1], width = kWidths[s];
     }
     const Layer layer{x, y, x_stride, y_stride, tokens, scale, width};
+    const Work work{table + slice, tiles, tile_count, slots, records};
+#if TILE_ROWS > 8
+    if constexpr (kSplit) {
+        start_barriers(shared, 4);
+        Block block = block_at(shared, kCluster == 1 ? 4 : 0);
+        if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
+        work_in_order(block, layer, work, y + offset);
+        if constexpr (kCluster > 1) {
+            if (!block.ex.joined) ptx::cluster_wait();
+        }
+        return;
+    }
+#endif
     int at = static_cast<int>(blockIdx.x) / kCluster;
     const int step = static_cast<int>(gridDim.x) / kCluster;
-    // The first record is read beside the count, not after it: the grid is within the capacity. A record past the
-    // count may hold anything, so its slot is checked before it is followed.
-    const i32* record = tiles + static_cast<i64>(at) * kStride;
+    // The first record is read beside the count, not after it: the grid is within the capacity.
+    const i32* record = work.tile(at);
     int2 head = ptx::load_int2(record);
     constexpr int kListed = TILE_ROWS > 8 ? kTileRows : 8;
     int listed = ptx::load_int(record + 8 + threadIdx.x % kListed);
@@ -182,8 +258,8 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
 #endif
     const int count = ptx::load_int(tile_count);
     const auto weights_of = [&](int slot) {
-        const bool there = slot >= 0 && slot < slots;
-        Record w = load_record(table + static_cast<i64>(there ? slot : 0) * kSlices + slice);
+        const bool there = work.has(slot);
+        Record w = load_record(work.weights(there ? slot : 0));
         if (!there) w.rank = 0;
         return w;
     };
@@ -209,7 +285,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         if (w.rank > 0) tile_of_rank(w.rank, block, layer, tile, w, y + offset, x_row, &first_x);
         at += step;
         if (at >= count) break;
-        record = tiles + static_cast<i64>(at) * kStride;
+        record = work.tile(at);
         head = ptx::load_int2(record);
         listed = ptx::load_int(record + 8 + threadIdx.x % kListed);
         w = weights_of(head.x);

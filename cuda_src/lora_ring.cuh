@@ -1,7 +1,8 @@
 // The ring form: a tile of kTileRows (16 to 64) rows of one adapter, staged through shared memory.
 //
-// A cluster of kCluster blocks works on one (tile, slice), in stages that a ring of STAGES slots keeps in
-// flight; the ring does not drain between the two halves:
+// A cluster of kCluster blocks works on one (tile, slice), or splits into teams that do (lora_order.cuh); in stages
+// that a ring of STAGES slots, more where a rank takes smaller ones, keeps in flight. The ring does not drain between
+// the two halves:
 //   shrink stage   kLeafWarps leaves of the tile's rows of x and of A
 //   expand stage   kColumns columns of the tile's rows of y and of B
 // The 8 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (16 tokens, unit of
@@ -11,7 +12,8 @@
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
 //   B, y  RingSlot of lora_slots.cuh
-// Shared memory of the block: 128 for four mbarriers | 256 for the table of rows | received of the direct form | shares
+// Shared memory of the block: 128 for four mbarriers | 256 for the table of rows | 256 for the order of tiles (clusters
+// that split) | received of the direct form | shares
 // and v (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and
 // v. `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
@@ -20,6 +22,19 @@
 
 #include "lora_direct.cuh"
 
+constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
+    int widest = 16;
+    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
+    return widest;
+}
+
+// Blocks that share a tile of this rank: the cluster, or of one that splits, what the rank is of the widest.
+constexpr CUPY_LORA_DEVICE int team_of(int rank) {
+    if (!kSplit || !slot_rank(rank)) return kCluster;
+    const int team = kCluster * rank / widest_ring_rank();
+    return team > 0 ? team : 1;
+}
+
 template <int kRank>
 struct RingShape {
     static constexpr int kRows16 = kRank < 16 ? 16 : kRank;  // ranks of v, whole blocks of 16
@@ -27,8 +42,9 @@ struct RingShape {
     static constexpr int kBlocks = kRows16 / 16 / kRankWarps;  // of 16 ranks, per warp
     static constexpr int kTokenWarps = kTileRows / 8 * kRankWarps > kWarps ? kWarps / kRankWarps : kTileRows / 8;
     static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp
+    static constexpr int kTeam = team_of(kRank);
     static constexpr int kLeafWarps = kWarps / (kRankWarps * kTokenWarps);
-    static constexpr int kLeavesEach = kLeaves / (kCluster * kLeafWarps);
+    static constexpr int kLeavesEach = kLeaves / (kTeam * kLeafWarps);
     static constexpr int kTiles = kTileRows == 16 && kRank >= 32 ? 2 : 4;  // of 8 columns, per warp and stage
     static constexpr int kTokenTiles = kTileRows / 16;
     static constexpr int kColumns = 8 * kTiles * (kWarps / kTokenTiles);
@@ -58,7 +74,7 @@ CUPY_LORA_DEVICE int further(int byte, int step, int chunks) {
 // What remote blocks write, and the barriers that count it: used by ring tiles only.
 struct RingExchange {
     u64* barriers;  // [2]: parts for this block's share of v; the whole v
-    float* shares;  // [kCluster][share]
+    float* shares;  // [team][share]
     float* v;       // [kTileRows][rank]
     u32 uses;
 };
@@ -89,6 +105,27 @@ struct RingTile {
     }
 };
 
+// Of the slots and the parts beside them: room for STAGES of any rank.
+template <int kAt = 0>
+constexpr CUPY_LORA_DEVICE int ring_bytes() {
+    if constexpr (kAt == kRankCount) {
+        return 0;
+    } else if constexpr (!slot_rank(kRanks[kAt])) {
+        return ring_bytes<kAt + 1>();
+    } else {
+        using S = RingShape<kRanks[kAt]>;
+        constexpr int kMine = S::kPartBytes + STAGES * S::kSlotBytes, kRest = ring_bytes<kAt + 1>();
+        return kMine > kRest ? kMine : kRest;
+    }
+}
+
+// Slots of a rank's ring: what is laid out for the widest holds more of a narrow one's, whose bytes in flight are few.
+template <int kRank>
+constexpr CUPY_LORA_DEVICE int ring_stages() {
+    constexpr int kFit = (ring_bytes() - RingShape<kRank>::kPartBytes) / RingShape<kRank>::kSlotBytes;
+    return kFit < 16 ? kFit : 16;
+}
+
 constexpr int kTableBytes = 256;
 CUPY_LORA_DEVICE i32* table_of(unsigned char* shared) { return reinterpret_cast<i32*>(shared + 128); }
 
@@ -103,11 +140,6 @@ CUPY_LORA_DEVICE void fill_table(i32* table, int listed, int safe, int rows, i32
     }
 }
 
-constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
-    int widest = 16;
-    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
-    return widest;
-}
 constexpr int kRingRemoteBytes = kCluster > 1 ? 2 * kTileRows * widest_ring_rank() * 4 : 0;
 
 CUPY_LORA_DEVICE RingExchange ring_at(unsigned char* barriers, unsigned char* remote, u32 uses) {
@@ -122,13 +154,14 @@ CUPY_LORA_DEVICE RingExchange ring_at(unsigned char* barriers, unsigned char* re
 template <int kRank>
 CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float* parts, int rows) {
     using S = RingShape<kRank>;
-    constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads, kShare = kAll / kCluster;
+    constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads, kShare = kAll / S::kTeam;
     const u32 parity = rx.uses++ & 1;
-    const int block = static_cast<int>(blockIdx.x % kCluster), thread = static_cast<int>(threadIdx.x);
+    const int block = static_cast<int>(blockIdx.x % S::kTeam), thread = static_cast<int>(threadIdx.x);
+    const int first = static_cast<int>(blockIdx.x % kCluster) - block;  // of the team, in the cluster
     int mine = rows * kQuads - block * kShare;
     mine = mine < 0 ? 0 : mine > kShare ? kShare : mine;
     if (thread == 0) {
-        ptx::mbarrier_expect(rx.barriers, static_cast<u32>(mine * 16 * kCluster));
+        ptx::mbarrier_expect(rx.barriers, static_cast<u32>(mine * 16 * S::kTeam));
         ptx::mbarrier_expect(rx.barriers + 1, static_cast<u32>(rows * kQuads * 16));
     }
     if (!ex.joined) {
@@ -142,15 +175,15 @@ CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float*
     };
     for (int e = thread; e < rows * kQuads; e += kThreads) {
         send(rx.shares + (block * kShare + e % kShare) * 4, ring_part<kRank>(parts, e / kQuads, e % kQuads * 4),
-             rx.barriers, e / kShare);
+             rx.barriers, first + e / kShare);
     }
     ptx::mbarrier_wait(rx.barriers, parity);
-    for (int item = thread; item < kShare * kCluster; item += kThreads) {
+    for (int item = thread; item < kShare * S::kTeam; item += kThreads) {
         const int e = item % kShare, peer = item / kShare;
         if (e < mine) {
-            const float4 sum = tree_sum<kCluster>(
+            const float4 sum = tree_sum<S::kTeam>(
                 [&](int from) { return *reinterpret_cast<const float4*>(rx.shares + (from * kShare + e) * 4); });
-            send(rx.v + (block * kShare + e) * 4, sum, rx.barriers + 1, peer);
+            send(rx.v + (block * kShare + e) * 4, sum, rx.barriers + 1, first + peer);
         }
     }
     ptx::mbarrier_wait(rx.barriers + 1, parity);
@@ -163,11 +196,11 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;
     using E = typename S::Expand;
     const int width = width_of(layer.width);
-    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), kCluster);
-    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * kCluster) == 0;
+    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), S::kTeam);
+    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * S::kTeam) == 0;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4,
               t = lane % 4;
-    const int block = static_cast<int>(blockIdx.x % kCluster);
+    const int block = static_cast<int>(blockIdx.x % S::kTeam);
     float* const parts = reinterpret_cast<float*>(local);
     unsigned char* const ring = local + S::kPartBytes;
 
@@ -202,7 +235,8 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     const Half* b_from = w.b + static_cast<i64>(block) * S::kColumns * kRank + thread * 8;
     const int b_row = thread / (kRank / 8), b_to = E::b_byte(b_row, thread % (kRank / 8));
 
-    constexpr u32 kRingBytes = STAGES * S::kSlotBytes;
+    constexpr int kStages = ring_stages<kRank>();
+    constexpr u32 kRingBytes = kStages * S::kSlotBytes;
     int stage_in = 0;
     u32 in = 0, out = 0;  // bytes from `ring` to the next slot to fill, and to read
     const auto request = [&] {
@@ -223,7 +257,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                 from[j] += kChunks * 8;
             }
         } else if (stage_in < S::kLeavesEach + expand_stages) {
-            const int first = ((stage_in - S::kLeavesEach) * kCluster + block) * S::kColumns;  // column of the slice
+            const int first = ((stage_in - S::kLeavesEach) * S::kTeam + block) * S::kColumns;  // column of the slice
 #pragma unroll
             for (int j = 0; j < ceil_div(kBItems, kThreads); ++j) {
                 if ((kBItems % kThreads == 0 || thread + j * kThreads < kBItems) &&
@@ -236,9 +270,9 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                 if (y_row + j * kThreads / kYChunks < tile.rows && (kWhole || first + y_chunk * 8 < width)) {
                     ptx::copy_async_16(slot_in + y_to + j * kThreads * 16, y_from[j]);
                 }
-                y_from[j] += kCluster * S::kColumns;
+                y_from[j] += S::kTeam * S::kColumns;
             }
-            b_from += kCluster * S::kColumns * kRank;
+            b_from += S::kTeam * S::kColumns * kRank;
         }
         ++stage_in;
         in = in + S::kSlotBytes == kRingBytes ? 0 : in + S::kSlotBytes;
@@ -246,7 +280,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     };
     // The next kTogether stages, once they have landed for all threads; asks for those that take the slots before them.
     const auto take = [&] {
-        ptx::copy_async_wait<STAGES - 2 * S::kTogether>();
+        ptx::copy_async_wait<kStages - 2 * S::kTogether>();
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < S::kTogether; ++i) request();
@@ -257,7 +291,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         return slot;
     };
 #pragma unroll 1
-    for (int i = 0; i < STAGES - S::kTogether; ++i) request();
+    for (int i = 0; i < kStages - S::kTogether; ++i) request();
 
     // ---- shrink
     const int rank_warp = warp % S::kRankWarps, token_warp = warp / S::kRankWarps % S::kTokenWarps;
@@ -314,7 +348,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         }
     }
     __syncthreads();
-    if constexpr (kCluster > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
+    if constexpr (S::kTeam > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
 
     ptx::start_next();
 
@@ -324,7 +358,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     typename E::V v;
     E::split(v, [&](int h, int rank) {
         float4 q;
-        if constexpr (kCluster > 1) {
+        if constexpr (S::kTeam > 1) {
             q = *reinterpret_cast<const float4*>(rx.v + (token0 + 8 * h) * S::kRows16 + rank);
         } else {
             q = ring_part<kRank>(parts, token0 + 8 * h, rank);
@@ -348,13 +382,13 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         for (int i = 0; i < S::kTogether; ++i) {
             const int stage = first + i;
             if (i > 0 && stage >= expand_stages) break;
-            const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < width;
+            const bool inside = kWhole || (stage * S::kTeam + block) * S::kColumns + my_column < width;
             typename E::Y y_pair[2];
             E::multiply(y_pair, next_slot(), place, v);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 if (writes[h] && inside) y_pair[h].store(y_out[h], 8);
-                y_out[h] += kCluster * S::kColumns;
+                y_out[h] += S::kTeam * S::kColumns;
             }
         }
     }

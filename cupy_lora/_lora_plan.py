@@ -10,7 +10,7 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32, INT64, Array
 from ._jit import DeviceFacts, Kernel, Launch
-from .dispatch import LoraConfig, choose_halves, choose_lora, ring_slot_bytes, staged_rank
+from .dispatch import LoraConfig, choose_halves, choose_lora, clusters_at_once, ring_slot_bytes, staged_rank
 
 if TYPE_CHECKING:
     from .lora_batch import LoraBatch
@@ -46,6 +46,7 @@ def _exchange_bytes(config: LoraConfig, chunk: int) -> tuple[int, int]:
     return received, config.warps * 8 * (chunk + 4) * 4 + 8 * chunk * 4
 
 
+_ORDER_BYTES: Final = 256  # kOrderBytes of lora_order.cuh
 _V_BYTES: Final = 8 * (_MAX_RANK_SHARED + 4) * 4
 
 
@@ -65,7 +66,7 @@ def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: i
     for rank in ring:
         slot, parts = ring_slot_bytes(config.rows, rank, in_features)
         local = max(local, parts + config.stages * slot)
-    return 128 + 256 + remote + local
+    return 128 + 256 + (_ORDER_BYTES if config.split else 0) + remote + local
 
 
 def _vectors(array: Array, columns: int) -> int:
@@ -86,6 +87,7 @@ def _defines(config: LoraConfig, **values: int | str) -> Defines:
         "TILE_ROWS": config.rows,
         "STAGES": max(1, config.stages),
         "MIN_BLOCKS": config.min_blocks,
+        "SPLIT": int(config.split),
         **values,
     }
     return tuple(sorted(values.items()))
@@ -287,7 +289,7 @@ def add_lora(
             sm_count=facts.sm_count,
             tiles=tiles,
             aligned=bool(_vectors(x, weights.in_features) and _vectors(y, weights.width)),
-            mixed=len(weights.rank_set) > 1,
+            ranks=weights.rank_set,
         )
     widths = weights.slices
     kernel = _layer_kernel(
@@ -302,8 +304,18 @@ def add_lora(
     )
     bound = batch.tile_bound(config.rows, tokens)
     tiles_of, counter, _ = batch.schedule(config.rows)
-    grid = (max(1, bound) * config.cluster, len(widths), 1)
-    args = (x, y, weights.table_view, tiles_of, counter, np.int32(tokens), np.int32(weights.max_adapters))
+    clusters = min(bound, clusters_at_once(config.cluster, facts) // len(widths)) if config.split else bound
+    grid = (max(1, clusters) * config.cluster, len(widths), 1)
+    args = (
+        x,
+        y,
+        weights.table_view,
+        tiles_of,
+        counter,
+        np.int32(tokens),
+        np.int32(weights.max_adapters),
+        np.int32(bound),
+    )
     strides = (np.uint32(_row_stride(x)), np.uint32(_row_stride(y)))
     return Launch(kernel, grid, (*args, *strides, np.float32(scale)))
 

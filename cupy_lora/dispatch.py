@@ -6,7 +6,7 @@ No kernel of this library needs a padded rank, fails between two supported ranks
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -126,6 +126,8 @@ class LoraConfig:
         Slots of the ring; in the direct form, units of B and y that a warp has in flight.
     min_blocks : int
         Blocks that must fit a multiprocessor, by their registers.
+    split : bool
+        Whether tiles of lighter ranks take a part of a cluster each, the heaviest first; of the ring form.
     """
 
     form: str
@@ -134,6 +136,7 @@ class LoraConfig:
     warps: int
     stages: int = 2
     min_blocks: int = 1
+    split: bool = False
 
 
 def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
@@ -152,7 +155,7 @@ def choose_lora(
     sm_count: int = 132,
     tiles: Mapping[int, int] | None = None,
     aligned: bool = True,
-    mixed: bool = False,
+    ranks: Collection[int] = (),
 ) -> LoraConfig:
     """The config of a fused layer: a pure function, the same on any machine.
 
@@ -176,8 +179,8 @@ def choose_lora(
         Tiles of each height that the batch has lists for, at most. Default: every row another adapter's.
     aligned : bool
         Whether all rows of x and y are 16-byte aligned.
-    mixed : bool
-        Whether adapters of other ranks are loaded too.
+    ranks : collection of int, optional
+        Every rank that is loaded, each as often as any other in the batch, as far as anybody knows. Default: `rank`.
 
     Returns
     -------
@@ -196,7 +199,8 @@ def choose_lora(
     if tiles is None:
         tiles = dict.fromkeys((8, 16), tokens)
     ring = aligned and np.dtype(dtype).itemsize == 2
-    return _choose(rank, tokens, in_features, widths, tiles, ring, mixed, DeviceFacts(arch, sm_count))
+    loaded = frozenset(integer("ranks", each, 1) for each in ranks) | {rank}
+    return _choose(rank, tokens, in_features, widths, tiles, ring, loaded, DeviceFacts(arch, sm_count))
 
 
 def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **options: Any) -> str:
@@ -212,6 +216,8 @@ def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **o
         f"  each by {blocks} of {config.warps} warps",
     ]
     if config.form == "ring":
+        if config.split:
+            lines.append("  the heaviest tiles first; those of lighter ranks take a part of a cluster each")
         if staged_rank(rank):
             lines.append(f"  x, A, B and y stream through {config.stages} slots of shared memory")
         else:
@@ -231,13 +237,13 @@ def _choose(
     widths: tuple[int, ...],
     tiles: Mapping[int, int],
     ring: bool,
-    mixed: bool,
+    ranks: frozenset[int],
     facts: DeviceFacts,
 ) -> LoraConfig:
     slices = len(widths)
     coded = staged_rank(rank)
     if ring and coded:
-        config = _choose_ring(rank, tokens, in_features, widths, tiles, mixed, facts)
+        config = _choose_ring(rank, tokens, in_features, widths, tiles, len(ranks) > 1, facts)
         if config is not None:
             return config
     clusters = tiles[8] * slices
@@ -250,11 +256,33 @@ def _choose(
             return replace(config, stages=min(config.stages, 5), min_blocks=2)
     full = tokens > 2 * tiles[8]
     if ring and rank == 64 and not full and facts.arch >= 90 and clusters > 0.25 * facts.sm_count and 16 in tiles:
+        if len(ranks) > 1:
+            config = _choose_split(tiles[16] * slices, ranks, in_features, facts)
+            if config is not None:
+                return config
         # A and B stream through the ring without a gap; the direct form asks for as much as its registers hold.
         config = _ring(rank, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
         if config.stages >= 5:
             return config
     return _direct(rank, clusters, facts, in_features, max(widths), full=full)
+
+
+def _choose_split(clusters: int, ranks: frozenset[int], in_features: int, facts: DeviceFacts) -> LoraConfig | None:
+    """Clusters that split, the largest whose teams take little more than one round; else None.
+
+    Each block then has the bytes of 64 / cluster ranks of a tile, whatever the tile's rank.
+    """
+    for cluster in (4, 2):
+        blocks = clusters * sum(team_of(rank, max(ranks), cluster) for rank in ranks) / len(ranks)
+        config = _ring(max(ranks), 16, cluster, in_features, facts, split=True)
+        if blocks <= 1.1 * cluster * clusters_at_once(cluster, facts) and config.stages >= 5:
+            return config
+    return None
+
+
+def team_of(rank: int, widest: int, cluster: int) -> int:
+    """Blocks that share a tile of this rank where clusters split: ``team_of`` of lora_ring.cuh."""
+    return max(1, cluster * rank // widest) if staged_rank(rank) else cluster
 
 
 def _choose_ring(
@@ -290,6 +318,11 @@ def _choose_ring(
     return config if config.stages >= 3 else None
 
 
+def clusters_at_once(cluster: int, facts: DeviceFacts) -> int:
+    """Clusters of this size that run at once, one block a multiprocessor: 132, 66, 30, 15 and 7 on 132 of them."""
+    return max(1, facts.sm_count * 10 // {1: 10, 2: 20, 4: 44, 8: 88, 16: 188}[cluster])
+
+
 _STAGED_RANKS: Final = (8, 16, 32, 64)
 
 
@@ -298,14 +331,16 @@ def staged_rank(rank: int) -> bool:
     return rank in _STAGED_RANKS
 
 
-def _ring(rank: int, rows: int, cluster: int, in_features: int, facts: DeviceFacts) -> LoraConfig:
+def _ring(
+    rank: int, rows: int, cluster: int, in_features: int, facts: DeviceFacts, *, split: bool = False
+) -> LoraConfig:
     # Any of the coded ranks may be loaded, and the smaller do not all take smaller slots.
     sizes = [ring_slot_bytes(rows, r, in_features) for r in _STAGED_RANKS if r <= max(rank, 8)]
     slot, parts = (max(column) for column in zip(*sizes, strict=True))
     chunk = max(16, rank)
     remote = 2 * (8 * cluster + rows) * chunk * 4 if cluster > 1 else 0
-    room = _shared_limit(facts) - 384 - remote - max(parts, 44 * 1024 - slot)
-    return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)))
+    room = _shared_limit(facts) - (640 if split else 384) - remote - max(parts, 44 * 1024 - slot)
+    return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)), split=split)
 
 
 def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:

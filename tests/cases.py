@@ -238,6 +238,7 @@ ADD_LORA_LARGE = [
     Case(8, 4096, (4096,), (16,) * 8, "distinct", small=False),
     Case(64, 4096, (4096,), (16,) * 64, "distinct", small=False),
     Case(64, 4096, (4096,), (8, 16, 32, 64) * 16, "distinct", small=False),
+    Case(96, 4096, (1024,), (8, 16, 32, 64) * 24, "distinct", "float16", "float16", small=False),
     Case(64, 4096, (1024,), (64,) * 8, "skewed", "float16", "float16", small=False),
     Case(64, 2048, (2048, 512, 512), (16,) * 16, "distinct", small=False),
     Case(32, 2048, (5632, 5632), (16,) * 8, "random", small=False),

@@ -143,6 +143,71 @@ def test_a_launch_replayed_with_another_batch(later: int, form: str) -> None:
     np.testing.assert_array_equal(y.view(np.uint16), wanted.view(np.uint16))
 
 
+def add_mixed(
+    config: LoraConfig, ranks: tuple[int, ...], tokens: int, clusters: int | None = None, outs: tuple[int, ...] = (128,)
+) -> np.ndarray:
+    """y after one launch over adapters of several ranks, a row or two each; the last slot is empty."""
+    rng = np.random.default_rng(25)
+    wide, adapters = 136, tokens * 3 // 4
+    slots = rng.permutation(np.arange(tokens) % (adapters + 1))
+    slots[tokens // 2] = -1
+    x = rng.standard_normal((tokens, wide)).astype(np.float16)
+    y = (100 * rng.standard_normal((tokens, sum(outs)))).astype(np.float16)
+    with on_cpu(clusters=clusters) as engine:
+        weights = cupy_lora.LoraWeights(wide, outs, max_adapters=adapters + 1, dtype="float16", device="cpu")
+        for slot in range(adapters):
+            rank = ranks[slot % len(ranks)]
+            a = [engine.array(rng.standard_normal((rank, wide)).astype(np.float16)) for _ in outs]
+            b = [engine.array(rng.standard_normal((out, rank)).astype(np.float16)) for out in outs]
+            weights.load(slot, a, b, scale=0.5, copy=False)
+        batch = cupy_lora.LoraBatch(tokens, max_adapters=adapters + 1, device="cpu")
+        for tiles in batch.tiles.values():
+            tiles[...] = adapters + 1
+        batch.update(engine.array(slots))
+        out = engine.array(y)
+        cupy_lora.add_lora(out, engine.array(x), weights, batch, config=config)
+    return np.array(out)
+
+
+RANKS = {
+    "coded": (8, 16, 32, 64),
+    "some-without-code": (64, 8, 12, 200, 16, 1),
+    "two": (16, 64),
+    "none-with-code": (3, 7),
+}
+
+
+@functools.cache
+def usual_mixed(ranks: tuple[int, ...], tokens: int, outs: tuple[int, ...]) -> np.ndarray:
+    return add_mixed(LoraConfig("direct", 8, 1, 8), ranks, tokens, outs=outs)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cluster", "clusters"),
+    [
+        *(("coded", cluster, clusters) for cluster in (1, 2, 4, 8) for clusters in (None, 1)),
+        *((ranks, 4, 3) for ranks in RANKS),
+    ],
+)
+def test_same_bits_where_clusters_split(ranks: str, cluster: int, clusters: int | None) -> None:
+    config = LoraConfig("ring", 16, cluster, 8, 4, split=True)
+    got = add_mixed(config, RANKS[ranks], 40, clusters)
+    np.testing.assert_array_equal(got.view(np.uint16), usual_mixed(RANKS[ranks], 40, (128,)).view(np.uint16))
+
+
+@pytest.mark.parametrize("outs", [(128, 128), (128, 40)], ids=["one-width", "two-widths"])
+def test_same_bits_where_clusters_split_over_slices(outs: tuple[int, ...]) -> None:
+    got = add_mixed(LoraConfig("ring", 16, 4, 8, 4, split=True), RANKS["coded"], 20, outs=outs)
+    np.testing.assert_array_equal(got.view(np.uint16), usual_mixed(RANKS["coded"], 20, outs).view(np.uint16))
+
+
+def test_more_tiles_than_one_order_holds() -> None:
+    """The second order starts with whole clusters again, after one that ended with single blocks."""
+    outs = (32,)
+    got = add_mixed(LoraConfig("ring", 16, 4, 8, 3, split=True), (8, 64), 346, 9, outs)
+    np.testing.assert_array_equal(got.view(np.uint16), usual_mixed((8, 64), 346, outs).view(np.uint16))
+
+
 def bgmv(rank: int, **device: int) -> np.ndarray:
     rng = np.random.default_rng(22)
     tokens, wide, adapters = 5, 264, 3
