@@ -93,7 +93,7 @@ constexpr bool kStaged =
 template <int kRank>
 struct ExpandStaged {
     // Narrow units where a wide rank meets the sums of a whole tile, or other bodies in the kernel: registers.
-    static constexpr bool kNarrow = kRank >= 32 && (kCluster == 1 || kRankCount > 1);
+    static constexpr bool kNarrow = kRank > 16 && (kCluster == 1 || kRankCount > 1);
     static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
                          kUnit = 16 * kPairs;
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
@@ -117,11 +117,10 @@ struct ExpandStaged {
         if (unit < kMine) {
             constexpr int kBChunks = kUnit * kRank / 8;
 #pragma unroll
-            for (int j = 0; j < kBChunks / 32; ++j) {
-                const int item = lane + 32 * j, row = item / (kRank / 8);
-                if (kWhole || column + row < width) {
-                    ptx::copy_async_16(slot + S::b_byte(row, item % (kRank / 8)),
-                                       b_from + unit * kDeal * kUnit * kRank + 256 * j);
+            for (int j = 0; j < ceil_div(kBChunks, 32); ++j) {
+                const int item = lane + 32 * j;
+                if ((kBChunks % 32 == 0 || item < kBChunks) && (kWhole || b_left(item, width - column, kRank) > 0)) {
+                    ptx::copy_async_16(slot + S::b_byte(item), b_from + unit * kDeal * kUnit * kRank + 256 * j);
                 }
             }
 #pragma unroll

@@ -22,30 +22,27 @@
 
 #include "lora_direct.cuh"
 
-constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
-    int widest = 16;
-    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
-    return widest;
-}
+// Ranks of v of the widest: whole blocks of 16, those past the rank being zeros.
+constexpr CUPY_LORA_DEVICE int widest_ring_rank() { return chunk_of(widest_staged()); }
 
 // Blocks that share a tile of this rank: the cluster, or of one that splits, what the rank is of the widest.
 constexpr CUPY_LORA_DEVICE int team_of(int rank) {
     if (!kSplit || !slot_rank(rank)) return kCluster;
-    const int team = kCluster * rank / widest_ring_rank();
+    const int team = floor_power(kCluster * rank / widest_staged());
     return team > 0 ? team : 1;
 }
 
 template <int kRank>
 struct RingShape {
-    static constexpr int kRows16 = kRank < 16 ? 16 : kRank;  // ranks of v, whole blocks of 16
-    static constexpr int kRankWarps = kRank < 64 ? 1 : kTileRows < 64 ? 2 : 4;
+    static constexpr int kRows16 = chunk_of(kRank);
+    static constexpr int kRankWarps = kRank <= 32 ? 1 : kTileRows < 64 ? 2 : 4;
     static constexpr int kBlocks = kRows16 / 16 / kRankWarps;  // of 16 ranks, per warp
     static constexpr int kTokenWarps = kTileRows / 8 * kRankWarps > kWarps ? kWarps / kRankWarps : kTileRows / 8;
     static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp
     static constexpr int kTeam = team_of(kRank);
     static constexpr int kLeafWarps = kWarps / (kRankWarps * kTokenWarps);
     static constexpr int kLeavesEach = kLeaves / (kTeam * kLeafWarps);
-    static constexpr int kTiles = kTileRows == 16 && kRank >= 32 ? 2 : 4;  // of 8 columns, per warp and stage
+    static constexpr int kTiles = kTileRows == 16 && kRank > 16 ? 2 : 4;  // of 8 columns, per warp and stage
     static constexpr int kTokenTiles = kTileRows / 16;
     static constexpr int kColumns = 8 * kTiles * (kWarps / kTokenTiles);
     static constexpr int kLeafChunks = Leaf<kIn>::kColumns / 8;  // 16-byte chunks of a row of a leaf
@@ -189,6 +186,16 @@ CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float*
     ptx::mbarrier_wait(rx.barriers + 1, parity);
 }
 
+// 8 columns of rank `first` + g of A, zeros from kRank on: what lies there is not A.
+template <int kRank>
+CUPY_LORA_DEVICE uint4 row_of_a(const unsigned char* at, int first) {
+    if (first >= kRank) return make_uint4(0, 0, 0, 0);
+    if (first + 8 <= kRank || first + static_cast<int>(threadIdx.x % 32 / 4) < kRank) {
+        return *reinterpret_cast<const uint4*>(at);
+    }
+    return make_uint4(0, 0, 0, 0);
+}
+
 template <int kRank>
 CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* local, const Layer& layer,
                                 const RingTile& tile, const Record& w, Out* y) {
@@ -233,7 +240,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         y_from[j] = y + tile.row(y_row + j * kThreads / kYChunks) * layer.y_stride + block * S::kColumns + y_chunk * 8;
     }
     const Half* b_from = w.b + static_cast<i64>(block) * S::kColumns * kRank + thread * 8;
-    const int b_row = thread / (kRank / 8), b_to = E::b_byte(b_row, thread % (kRank / 8));
+    const int b_to = E::b_byte(thread);
 
     constexpr int kStages = ring_stages<kRank>();
     constexpr u32 kRingBytes = kStages * S::kSlotBytes;
@@ -261,7 +268,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll
             for (int j = 0; j < ceil_div(kBItems, kThreads); ++j) {
                 if ((kBItems % kThreads == 0 || thread + j * kThreads < kBItems) &&
-                    (kWhole || first + b_row + j * kThreads * 8 / kRank < width)) {
+                    (kWhole || b_left(thread + j * kThreads, width - first, kRank) > 0)) {
                     ptx::copy_async_16(slot_in + b_to + j * kThreads * 16, b_from + j * kThreads * 8);
                 }
             }
@@ -331,9 +338,9 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll
                         for (int b = 0; b < S::kBlocks; ++b) {
                             const unsigned char* const at = slot + further(a_at, s, kChunks) + b * 16 * kRowBytes;
-                            const uint4 low = *reinterpret_cast<const uint4*>(at);
-                            uint4 high = make_uint4(0, 0, 0, 0);
-                            if constexpr (kRank >= 16) high = *reinterpret_cast<const uint4*>(at + 8 * kRowBytes);
+                            const int first = kRank == S::kRows16 ? 0 : (rank_warp * S::kBlocks + b) * 16;
+                            const uint4 low = row_of_a<kRank>(at, first),
+                                        high = row_of_a<kRank>(at + 8 * kRowBytes, first + 8);
                             shrink_step<Half>(sum[b], low, high, xs);
                         }
                     }
@@ -377,7 +384,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll 1
     for (int first = 0; first < expand_stages; first += S::kTogether) {
         take();
-        constexpr int kUnroll = kRank == 64 && sizeof(SplitV<Half>) > 24 ? 1 : S::kTogether;  // by registers
+        constexpr int kUnroll = kRank > 32 && sizeof(SplitV<Half>) > 24 ? 1 : S::kTogether;  // by registers
 #pragma unroll kUnroll
         for (int i = 0; i < S::kTogether; ++i) {
             const int stage = first + i;

@@ -10,7 +10,15 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32, INT64, Array
 from ._jit import DeviceFacts, Kernel, Launch
-from .dispatch import LoraConfig, choose_halves, choose_lora, clusters_at_once, ring_slot_bytes, staged_rank
+from .dispatch import (
+    LoraConfig,
+    choose_halves,
+    choose_lora,
+    chunk_of,
+    clusters_at_once,
+    ring_slot_bytes,
+    staged_rank,
+)
 
 if TYPE_CHECKING:
     from .lora_batch import LoraBatch
@@ -18,7 +26,6 @@ if TYPE_CHECKING:
 
 _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16", FLOAT32: "float"}
 _MAX_RANK_SHARED: Final = 1024  # kMaxRank of lora_config.cuh
-_STRAIGHT_RANK: Final = 64  # ranks to here take one exchange
 _CODED_IN: Final = 8192  # longest x with several of them
 _CODED_RANKS: Final = 4  # ranks with code of their own in one kernel
 _VECTOR: Final = 16  # bytes of the widest access
@@ -28,11 +35,6 @@ _PLACED: Final = 256  # tokens that a block of build_tiles places
 _FEW_TOKENS: Final = 2048  # up to here 256 threads read all indices at once
 
 Defines = tuple[tuple[str, int | str], ...]
-
-
-def chunk_of(rank: int) -> int:
-    """Ranks of one exchange: ``chunk_of`` of lora_config.cuh."""
-    return 16 if rank <= 16 else min(64, math.ceil(rank / 32) * 32)
 
 
 def stage_bytes(ranks: tuple[int, ...]) -> int:
@@ -61,7 +63,7 @@ def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: i
     """Dynamic shared memory of the ring form: the map in lora_ring.cuh."""
     ring = [rank for rank in ranks if staged_rank(rank)]
     received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
-    remote = received + (2 * config.rows * max(16, *ring, 0) * 4 if config.cluster > 1 else 0)
+    remote = received + (2 * config.rows * chunk_of(max(ring, default=1)) * 4 if config.cluster > 1 else 0)
     local = own + _V_BYTES
     for rank in ring:
         slot, parts = ring_slot_bytes(config.rows, rank, in_features)
@@ -97,7 +99,7 @@ def coded_ranks(
     ranks: frozenset[int], config: LoraConfig, in_features: int, widths: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The ranks that get code of their own: those that are staged first, the largest of them."""
-    order = sorted(ranks, key=lambda rank: (not staged_rank(rank), rank > _STRAIGHT_RANK, rank % 8 != 0, -rank))
+    order = sorted(ranks, key=lambda rank: (not staged_rank(rank), rank > chunk_of(rank), rank % 8 != 0, -rank))
     # Several bodies in one kernel spill registers where a block has a whole tile, long leaves or several widths.
     shared = config.cluster > 1 or config.form == "ring"
     most = _CODED_RANKS if shared and in_features <= _CODED_IN and len(set(widths)) == 1 else 1

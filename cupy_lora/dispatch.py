@@ -16,6 +16,8 @@ from . import _env
 from ._jit import DeviceFacts
 from ._lora_checks import integer
 
+_STRAIGHT_RANK: Final = 64  # ranks to here take one exchange
+
 MIN_SGMV_RANK: Final = 8
 MIN_RANK_CUSTOM: Final = 16
 MAX_RANK_CUSTOM: Final = 128
@@ -243,7 +245,7 @@ def _choose(
     slices = len(widths)
     coded = staged_rank(rank)
     if ring and coded:
-        config = _choose_ring(rank, tokens, in_features, widths, tiles, len(ranks) > 1, facts)
+        config = _choose_ring(rank, tokens, in_features, widths, tiles, ranks, facts)
         if config is not None:
             return config
     clusters = tiles[8] * slices
@@ -251,17 +253,25 @@ def _choose(
         # Two blocks a multiprocessor and tiles of 16 rows, worked off eight by eight: 1.2 to 1.4 times faster, though
         # long rows spill at the registers that leaves.
         few = tiles[16] * slices <= 1.2 * facts.sm_count
-        config = _ring(rank, 16, 4 if few else 2, in_features, facts)
+        config = _ring(ranks, 16, 4 if few else 2, in_features, facts)
         if config.stages >= 3:
             return replace(config, stages=min(config.stages, 5), min_blocks=2)
     full = tokens > 2 * tiles[8]
-    if ring and rank == 64 and not full and facts.arch >= 90 and clusters > 0.25 * facts.sm_count and 16 in tiles:
+    if (
+        ring
+        and 32 < rank <= 64
+        and coded
+        and not full
+        and facts.arch >= 90
+        and clusters > 0.25 * facts.sm_count
+        and 16 in tiles
+    ):
         if len(ranks) > 1:
             config = _choose_split(tiles[16] * slices, ranks, in_features, facts)
             if config is not None:
                 return config
         # A and B stream through the ring without a gap; the direct form asks for as much as its registers hold.
-        config = _ring(rank, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
+        config = _ring(ranks, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
         if config.stages >= 5:
             return config
     return _direct(rank, clusters, facts, in_features, max(widths), full=full)
@@ -274,7 +284,7 @@ def _choose_split(clusters: int, ranks: frozenset[int], in_features: int, facts:
     """
     for cluster in (4, 2):
         blocks = clusters * sum(team_of(rank, max(ranks), cluster) for rank in ranks) / len(ranks)
-        config = _ring(max(ranks), 16, cluster, in_features, facts, split=True)
+        config = _ring(ranks, 16, cluster, in_features, facts, split=True)
         if blocks <= 1.1 * cluster * clusters_at_once(cluster, facts) and config.stages >= 5:
             return config
     return None
@@ -282,7 +292,7 @@ def _choose_split(clusters: int, ranks: frozenset[int], in_features: int, facts:
 
 def team_of(rank: int, widest: int, cluster: int) -> int:
     """Blocks that share a tile of this rank where clusters split: ``team_of`` of lora_ring.cuh."""
-    return max(1, cluster * rank // widest) if staged_rank(rank) else cluster
+    return 1 << max(1, cluster * rank // widest).bit_length() - 1 if staged_rank(rank) else cluster
 
 
 def _choose_ring(
@@ -291,7 +301,7 @@ def _choose_ring(
     in_features: int,
     widths: tuple[int, ...],
     tiles: Mapping[int, int],
-    mixed: bool,
+    ranks: frozenset[int],
     facts: DeviceFacts,
 ) -> LoraConfig | None:
     """The ring, where tiles are more than half full and one or two blocks each fill the machine; else None."""
@@ -299,7 +309,10 @@ def _choose_ring(
     wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
     # 64 rows of rank 64 take every register: no room for widths that differ, for other ranks' code, or for what older
     # parts need; those of rank 32 take them for long rows.
-    full = len(set(widths)) > 1 or facts.arch < 90 or mixed if rank == 64 else rank == 32 and in_features > 12288
+    crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or not _power_rank(rank)
+    full = crowded if rank > 32 else rank > 16 and in_features > _TWO_BLOCKS_IN
+    if in_features > _TWO_BLOCKS_IN and not _power_rank(rank):
+        return None  # its code would spill there
     tallest = 32 if full else 64
     share = {
         height: tiles[height] * len(widths) / facts.sm_count
@@ -314,7 +327,7 @@ def _choose_ring(
     rows = next((height for height in heights if height >= wanted), heights[-1])
     while rows < wanted * 2 and share[rows] > 1.1 and share.get(2 * rows, 0) >= alone:
         rows *= 2  # the last wave would leave most of the machine idle, or A and B cross L2 more often than they must
-    config = _ring(rank, rows, 1 if share[rows] >= alone else 2, in_features, facts)
+    config = _ring(ranks, rows, 1 if share[rows] >= alone else 2, in_features, facts)
     return config if config.stages >= 3 else None
 
 
@@ -323,38 +336,46 @@ def clusters_at_once(cluster: int, facts: DeviceFacts) -> int:
     return max(1, facts.sm_count * 10 // {1: 10, 2: 20, 4: 44, 8: 88, 16: 188}[cluster])
 
 
-_STAGED_RANKS: Final = (8, 16, 32, 64)
-
-
 def staged_rank(rank: int) -> bool:
-    """Whether a rank has code of its own, which stages B and y in shared memory: ``slot_rank`` of lora_slots.cuh."""
-    return rank in _STAGED_RANKS
+    """Whether a rank's code stages B and y in shared memory: ``slot_rank`` of lora_slots.cuh."""
+    return rank <= _STRAIGHT_RANK and rank % (2 if rank <= 8 else 4 if rank <= 16 else 8) == 0
+
+
+def _power_rank(rank: int) -> bool:
+    """Whether a rank's code is the lightest: its rows end nowhere within a fragment."""
+    return rank in (8, 16, 32, 64)
 
 
 def _ring(
-    rank: int, rows: int, cluster: int, in_features: int, facts: DeviceFacts, *, split: bool = False
+    ranks: Collection[int], rows: int, cluster: int, in_features: int, facts: DeviceFacts, *, split: bool = False
 ) -> LoraConfig:
-    # Any of the coded ranks may be loaded, and the smaller do not all take smaller slots.
-    sizes = [ring_slot_bytes(rows, r, in_features) for r in _STAGED_RANKS if r <= max(rank, 8)]
+    # The smaller ranks do not all take smaller slots.
+    sizes = [ring_slot_bytes(rows, rank, in_features) for rank in ranks if staged_rank(rank)] or [(1, 0)]
     slot, parts = (max(column) for column in zip(*sizes, strict=True))
-    chunk = max(16, rank)
+    chunk = max(chunk_of(rank) for rank in ranks)
     remote = 2 * (8 * cluster + rows) * chunk * 4 if cluster > 1 else 0
     room = _shared_limit(facts) - (640 if split else 384) - remote - max(parts, 44 * 1024 - slot)
     return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)), split=split)
 
 
+def chunk_of(rank: int) -> int:
+    """Ranks of one exchange: ``chunk_of`` of lora_config.cuh."""
+    return 16 if rank <= 16 else min(_STRAIGHT_RANK, -(-rank // 32) * 32)
+
+
 def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
     """Bytes of one slot of the ring, and of the parts beside it: RingShape of lora_ring.cuh."""
-    rank_warps = 1 if rank < 64 else 2 if rows < 64 else 4
+    rank_warps = 1 if rank <= 32 else 2 if rows < 64 else 4
     token_warps = min(rows // 8, 8 // rank_warps)
     leaf_warps = 8 // (rank_warps * token_warps)
-    pairs = 2 if rows == 16 and rank >= 32 else 4
+    pairs = 2 if rows == 16 and rank > 16 else 4
     columns = 16 * pairs * (8 // (rows // 8))
     leaf_columns = 32 * -(-in_features // 2048)
     slot = max(leaf_warps * (rows + rank) * leaf_columns * 2, columns * (rank + rows) * 2)
-    blocks, groups = max(rank, 16) // 16 // rank_warps, rows // 8 // token_warps
+    ranks = chunk_of(rank)  # of v
+    blocks, groups = ranks // 16 // rank_warps, rows // 8 // token_warps
     passes = 4 if blocks * groups >= 4 else 1
-    return slot, passes * leaf_warps * rows * (max(rank, 16) + 4) * 4
+    return slot, passes * leaf_warps * rows * (ranks + 4) * 4
 
 
 def _direct(
@@ -389,12 +410,14 @@ def _direct(
             return LoraConfig("direct", 8, 1, 8, 4)
         if share <= 1.5:
             return LoraConfig("direct", 8, 2, 4, 2)
+        if not _power_rank(rank):
+            return LoraConfig("direct", 8, 1, 4, 2)  # two blocks of 8 warps would spill
         return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN and width <= 8192 else 1)
     if share <= 0.14:
         return LoraConfig("direct", 8, 8, 8, 1)
     if share <= 0.25:
         return LoraConfig("direct", 8, 4, 8, 2) if long else LoraConfig("direct", 8, 8, 4, 1)
-    if rank == 32:
+    if rank <= 32:
         return LoraConfig("direct", 8, 2, 8 if share <= 0.5 else 4, 2)
     return LoraConfig("direct", 8, 2, 8, 1)
 

@@ -130,10 +130,14 @@ def test_every_choice_can_be_launched(arch: int, sm_count: int, widths: tuple[in
     """Any rank and batch: clusters only where there are any, leaves dealt evenly, shared memory that fits."""
     limit = {80: 163, 86: 99, 89: 99, 120: 99}.get(arch, 227) * 1024
     for rank, tokens, adapters, aligned, mixed in itertools.product(
-        (1, 8, 13, 16, 32, 64, 100, 512), (1, 8, 64, 256, 512, 8192), (1, 16, 4096), (True, False), (True, False)
+        (1, 8, 13, 16, 24, 32, 48, 64, 96, 100, 512),
+        (1, 8, 64, 256, 512, 8192),
+        (1, 16, 4096),
+        (True, False),
+        (True, False),
     ):
         tiles = {height: tile_capacity(tokens, adapters, height) for height in tile_heights(tokens)}
-        ranks = frozenset({r for r in (rank, 16, 8) if r <= rank})
+        ranks = frozenset({r for r in (rank, 24, 16, 8) if r <= rank} if mixed else {rank})
         config = dispatch.choose_lora(
             rank,
             tokens,
@@ -143,13 +147,13 @@ def test_every_choice_can_be_launched(arch: int, sm_count: int, widths: tuple[in
             sm_count=sm_count,
             tiles=tiles,
             aligned=aligned,
-            ranks=ranks if mixed else (),
+            ranks=ranks,
         )
         assert config.rows in tiles
         assert config.form == ("direct" if config.rows == 8 else "ring")
         assert aligned or config.form == "direct"
         assert config.cluster == 1 or arch >= 90
-        assert mixed or not config.split
+        assert len(ranks) > 1 or not config.split
         assert 64 % (config.cluster * config.warps) == 0
         coded = _lora_plan.coded_ranks(ranks, config, in_features, widths)
         kernel = _lora_plan._layer_kernel(config, BFLOAT16, BFLOAT16, in_features, widths, coded, aligned, aligned)

@@ -77,6 +77,17 @@ def test_same_bits_in_every_form(rank: int, form: str, clusters: int | None) -> 
     np.testing.assert_array_equal(add_lora(rank, form, clusters).view(np.uint16), usual(rank).view(np.uint16))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rank", [4, 12, 24, 48])
+def test_same_bits_of_ranks_between_powers_of_two(rank: int, form: str) -> None:
+    np.testing.assert_array_equal(add_lora(rank, form).view(np.uint16), usual(rank).view(np.uint16))
+
+
+@pytest.mark.parametrize("rank", [2, 6, 40, 56])
+def test_same_bits_of_ranks_that_end_in_a_group(rank: int) -> None:
+    np.testing.assert_array_equal(add_lora(rank, "ring").view(np.uint16), usual(rank).view(np.uint16))
+
+
 @pytest.mark.parametrize("form", ["direct", "direct-one-block", "ring"])
 def test_same_bits_at_a_rank_without_code_of_its_own(form: str) -> None:
     np.testing.assert_array_equal(add_lora(100, form, 1).view(np.uint16), usual(100).view(np.uint16))
@@ -96,9 +107,11 @@ def test_same_bits_where_units_fill_the_width(rank: int, form: str, outs: tuple[
 
 
 @pytest.mark.parametrize(("wide", "form"), [(4104, "direct"), (6144, "direct-one-block")])
-@pytest.mark.parametrize(("rank", "padded"), [(5, 16), (40, 64)])
+@pytest.mark.parametrize(("rank", "padded"), [(5, 16), (4, 8), (12, 16), (24, 32), (40, 64)])
 def test_ranks_of_zeros_change_no_bit(rank: int, padded: int, wide: int, form: str) -> None:
-    """Code for any rank, whose steps of so wide a leaf are not taken in equal shares, against code for one."""
+    """Code for any rank, whose steps of so wide a leaf are not taken in equal shares, and for ranks between powers of
+    two, against that for one.
+    """
     outs = (64,)
     plain = add_lora(rank, form, wide=wide, tokens=9, outs=outs)
     np.testing.assert_array_equal(plain, add_lora(rank, form, wide=wide, tokens=9, outs=outs, padded=padded))
