@@ -28,11 +28,22 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
             first_x);
         __syncthreads();
         exchange_parts<kWidth>(ex, tile.rows);
-        ptx::start_next();  // not earlier: blocks of the next launch would take room from clusters still to come
-        expand.finish([&](int rank) {
-            const float4 q = exchanged<kWidth>(ex, g, rank);
-            return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
-        });
+        const auto scaled = [&](float4 q) { return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale); };
+        if constexpr (kRank > kWidth) {
+            constexpr int kRest = kRank - kWidth <= 32 ? 32 : 64;  // whole groups of four runs
+            keep_exchanged<kWidth>(ex, tile.rows);
+            shrink_leaves<kRest / 16, kShrinkBudget>(ex, x_row, w.a + kWidth * kARow, kRank - kWidth, [] {});
+            __syncthreads();
+            exchange_parts<kRest>(ex, tile.rows);
+            ptx::start_next();
+            expand.template take<0>(
+                [&](int rank) { return scaled(*reinterpret_cast<const float4*>(ex.kept + g * kWidth + rank)); });
+            expand.template take<kWidth>([&](int rank) { return scaled(exchanged<kRest>(ex, g, rank - kWidth)); });
+        } else {
+            ptx::start_next();  // not earlier: blocks of the next launch would take room from clusters still to come
+            expand.template take<0>([&](int rank) { return scaled(exchanged<kWidth>(ex, g, rank)); });
+        }
+        expand.finish();
     } else {
         const int rank = kRank ? kRank : w.rank;
         shrink_chunks<kRank ? chunk_of(kRank) : kAnyChunk, kRank ? kShrinkBudget : kAnyBudget>(ex, x_row, w.a, rank,

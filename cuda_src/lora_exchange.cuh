@@ -21,6 +21,7 @@ struct Exchange {
     float* parts;           // [kWarps][8][kChunk + 4]
     float* received;        // [2][kCluster][8][kChunk]
     float* whole;           // [8][kChunk]: summed over the cluster
+    float* kept;            // the same, of the exchange before, where a staged rank takes two
     float* v;               // [8][kMaxRank + 4]: of every rank, where they take several exchanges
     unsigned char* stages;  // [kWarps][STAGES]: slots of B and y
     u32 uses;               // exchanges so far: half = uses % 2, parity of its barrier = uses / 2 % 2
@@ -33,8 +34,18 @@ constexpr CUPY_LORA_DEVICE int widest_staged() {
     for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
     return widest;
 }
-constexpr int kStageBytes = 64 * (widest_staged() + 8) * 2;  // 64 columns of B and of 8 rows of y
-constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;   // then `whole` and v
+// Of a slot: 64 columns of B and of 8 rows of y, half as many of a rank above 64.
+constexpr CUPY_LORA_DEVICE int slot_bytes(int rank) { return (rank > 64 ? 32 : 64) * (rank + 8) * 2; }
+constexpr CUPY_LORA_DEVICE int widest_slot() {
+    int widest = slot_bytes(0);
+    for (int i = 0; i < kRankCount; ++i) {
+        if (slot_rank(kRanks[i]) && slot_bytes(kRanks[i]) > widest) widest = slot_bytes(kRanks[i]);
+    }
+    return widest;
+}
+constexpr int kStageBytes = widest_slot();
+constexpr int kKeptBytes = widest_staged() > 64 ? 8 * kChunk * 4 : 0;
+constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;  // then `whole` and v
 
 // What a block keeps of its exchanges from one tile to the next; the rest are addresses.
 struct ExchangeState {
@@ -50,8 +61,9 @@ CUPY_LORA_DEVICE Exchange exchange_at(unsigned char* barriers, unsigned char* re
     ex.received = reinterpret_cast<float*>(received);
     ex.parts = reinterpret_cast<float*>(local);
     ex.whole = reinterpret_cast<float*>(local + kPartsBytes);
-    ex.v = ex.whole + 8 * kChunk;
-    ex.stages = local + kPartsBytes + 8 * kChunk * 4;  // a tile uses one of the two
+    ex.kept = ex.whole + 8 * kChunk;
+    ex.stages = local + kPartsBytes + 8 * kChunk * 4 + kKeptBytes;  // a tile uses one of the two
+    ex.v = reinterpret_cast<float*>(ex.stages);
     ex.uses = state.uses;
     ex.joined = state.joined;
     return ex;
@@ -81,6 +93,10 @@ CUPY_LORA_DEVICE Exchange exchange_start(unsigned char* shared) {
 template <int kWidth>
 constexpr bool kReadParts = kCluster > 1 && kCluster* kWidth <= 128;
 
+// The half of `received` that an exchange takes: of the widest, so that exchanges of other widths do not reach into the
+// one before, which a slower block may still read.
+CUPY_LORA_DEVICE float* half_of(const Exchange& ex, u32 half) { return ex.received + half * kCluster * 8 * kChunk; }
+
 // Four ranks of a token, summed over this block's warps.
 template <int kWidth>
 CUPY_LORA_DEVICE float4 part_sum(const Exchange& ex, int token, int rank) {
@@ -93,7 +109,7 @@ CUPY_LORA_DEVICE float4 part_sum(const Exchange& ex, int token, int rank) {
 template <int kWidth>
 CUPY_LORA_DEVICE float4 received(const Exchange& ex, u32 half, int token, int rank) {
     return tree_sum<kCluster>([&](int block) {
-        return *reinterpret_cast<const float4*>(ex.received + ((half * kCluster + block) * 8 + token) * kWidth + rank);
+        return *reinterpret_cast<const float4*>(half_of(ex, half) + (block * 8 + token) * kWidth + rank);
     });
 }
 
@@ -124,7 +140,7 @@ CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows) {
             ex.joined = true;
         }
         const u32 block = blockIdx.x % kCluster;
-        float* const mine = ex.received + (half * kCluster + block) * 8 * kWidth;
+        float* const mine = half_of(ex, half) + block * 8 * kWidth;
 #pragma unroll
         for (int first = 0; first < kQuads * kCluster; first += kThreads) {
             const int item = first + static_cast<int>(threadIdx.x);
@@ -156,4 +172,10 @@ CUPY_LORA_DEVICE float4 exchanged(const Exchange& ex, int token, int rank) {
     } else {
         return *reinterpret_cast<const float4*>(ex.whole + token * kWidth + rank);
     }
+}
+
+// Leaves the v just exchanged where the next exchange does not reach it, and synchronises the block.
+template <int kWidth>
+CUPY_LORA_DEVICE void keep_exchanged(const Exchange& ex, int rows) {
+    sum_quads<kWidth>(ex, rows, ex.kept, [&](int token, int rank) { return exchanged<kWidth>(ex, token, rank); });
 }

@@ -89,11 +89,11 @@ constexpr bool kStaged =
     slot_rank(kRank) && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed && sizeof(Out) == 2;
 
 // This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
-// `request` asks for the first of them, which does not take v; `finish` multiplies.
+// `request` asks for the first of them, which does not take v; `take` makes v's operand; `finish` multiplies.
 template <int kRank>
 struct ExpandStaged {
     // Narrow units where a wide rank meets the sums of a whole tile, or other bodies in the kernel: registers.
-    static constexpr bool kNarrow = kRank > 16 && (kCluster == 1 || kRankCount > 1);
+    static constexpr bool kNarrow = kRank > 64 || (kRank > 16 && (kCluster == 1 || kRankCount > 1));
     static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
                          kUnit = 16 * kPairs;
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
@@ -110,6 +110,7 @@ struct ExpandStaged {
     int first;  // its column where this warp's unit 0 starts
     int rows;
     bool writes[2];  // tokens 2t and 2t + 1
+    typename S::V v;
 
     CUPY_LORA_DEVICE void request_unit(int unit) {
         const int lane = threadIdx.x % 32, column = first + unit * kDeal * kUnit;
@@ -155,11 +156,15 @@ struct ExpandStaged {
         for (int unit = 0; unit < kAhead; ++unit) request_unit(unit);
     }
 
-    template <class VQuad>
-    CUPY_LORA_DEVICE void finish(const VQuad& v_quad) {
+    // This lane's v of the ranks from kFrom on that one exchange takes, from v_quad(rank).
+    template <int kFrom, class VQuad>
+    CUPY_LORA_DEVICE void take(const VQuad& v_quad) {
+        constexpr int kEach = 4 * S::kRun, kLeft = S::kGroups - kFrom / kEach;
+        S::template split<kFrom / kEach, kFrom / kEach + (kLeft * kEach > 64 ? 64 / kEach : kLeft)>(v, v_quad);
+    }
+
+    CUPY_LORA_DEVICE void finish() {
         const int g = threadIdx.x % 32 / 4;
-        typename S::V v;
-        S::split(v, v_quad);
         const typename S::Place place = S::place(g * 2 * kPairs, 0);
 #pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
         for (int unit = 0; unit < kMine; ++unit) {

@@ -8,17 +8,25 @@
 //   RingSlot  16 tokens a warp, v the 16-row operand, made once for all slots: lane (g, t) takes 2 * kTiles
 //             neighbouring columns, from 2 * kTiles * t on, of tokens g and g + 8; B is read half as often
 //
-// Preconditions: a rank of at most 64 in whole runs, so that a lane's reads are aligned; y of the weights' 16-bit type;
-// rows 16-byte aligned.
+// Preconditions: a rank of at most 64, of the direct form 128, in whole runs, so that a lane's reads are aligned; y of
+// the weights' 16-bit type; rows 16-byte aligned.
 #pragma once
 
 #include "lora_config.cuh"
 #include "lora_math.cuh"
 
-constexpr CUPY_LORA_DEVICE bool slot_rank(int rank) { return rank > 0 && rank <= 64 && rank % rank_run(rank) == 0; }
+// Above 64 by registers: in the direct form, alone in the kernel, where a warp has few leaves or they are short.
+constexpr bool kAbove64 =
+    kTileRows <= 8 && kRankCount == 1 && (kCluster * kWarps == kLeaves || (kCluster > 1 && kIn <= 4096));
+constexpr int kSlotRanks = kAbove64 ? 128 : 64;
+constexpr CUPY_LORA_DEVICE bool slot_rank(int rank) {
+    return rank > 0 && rank <= kSlotRanks && rank % rank_run(rank) == 0;
+}
 
 // Whether the rows of B trade places against bank conflicts.
-constexpr CUPY_LORA_DEVICE bool placed_rank(int rank) { return rank == 8 || rank == 16 || rank == 32 || rank == 64; }
+constexpr CUPY_LORA_DEVICE bool placed_rank(int rank) {
+    return rank == 8 || rank == 16 || rank == 32 || rank == 64 || rank == 128;
+}
 
 // Elements of B in a slot from its 16-byte chunk `item` on, where only `columns` columns are there. The chunk is
 // copied where there are any: widths are multiples of 8, so that no chunk is there in part.
@@ -57,18 +65,19 @@ struct Slot {
     static constexpr int kY = kColumns * kRank * 2;  // byte where y starts
     static constexpr int kBytes = kY + kTokens * kColumns * 2;
     static constexpr bool kPlaced = placed_rank(kRank);
+    static constexpr bool kWhole128 = kRank % 64 == 0;
     static constexpr int kSwap = kPlaced && kRank < 64 ? 64 / kRank : 1;
     static_assert(kYChunks >= 4 && kPairs >= 2, "a slot holds at least 32 columns");
 
-    // Chunk `item` of B. Rows of one lane group are 2 * kPairs apart from the next's: a row of 128 bytes is split
-    // between the halves, shorter ones trade places within their group.
+    // Chunk `item` of B. Rows of one lane group are 2 * kPairs apart from the next's: a row of whole 128 bytes is split
+    // between their halves, shorter ones trade places within their group.
     static CUPY_LORA_DEVICE int b_byte(int item) {
         if constexpr (!kPlaced) {
             return item * 16;
         } else {
             const int row = item / (kRank / 8), chunk = item % (kRank / 8), group = row / (2 * kPairs);
-            if constexpr (kRank == 64) {
-                return row * 128 + (chunk ^ (group & 1) * 4) * 16;
+            if constexpr (kWhole128) {
+                return row * kRank * 2 + (chunk ^ (group & 1) * 4) * 16;
             } else {
                 return (row ^ (group & (kSwap - 1) & (2 * kPairs - 1))) * kRank * 2 + chunk * 16;
             }
@@ -82,10 +91,11 @@ struct Slot {
     // This lane's v: of token `row` of the warp's eight, from v_quad(rank).
     using V = SplitV<Half>[kGroups][kRun > 4 ? 2 : 1];
 
-    template <class VQuad>
+    // Its groups `kFrom` to `kTo` - 1.
+    template <int kFrom, int kTo, class VQuad>
     static CUPY_LORA_DEVICE void split(V& v, const VQuad& v_quad) {
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) split_v<kRun>(v[group], 4 * kRun * group, v_quad);
+        for (int group = kFrom; group < kTo; ++group) split_v<kRun>(v[group], 4 * kRun * group, v_quad);
     }
 
     // Where this lane reads: `column` its first one in the slot, `token` its warp's first one.
@@ -97,7 +107,7 @@ struct Slot {
         const int t = threadIdx.x % 4, byte = kRun * t * 2;
         Place p;
         p.swap = column / (2 * kPairs) & (kSwap - 1) & (2 * kPairs - 1);
-        p.b = kRank == 64 ? b_byte(column * 8 + byte / 16) : column * kRank * 2 + byte;
+        p.b = kWhole128 ? b_byte(column * (kRank / 8) + byte / 16) : column * kRank * 2 + byte;
         p.y = y_byte(token + 2 * t, column / 8) + column % 8 * 2;
         return p;
     }
@@ -125,8 +135,8 @@ struct Slot {
             u32 b[kPairs][2][kRun / 2];
 #pragma unroll
             for (int i = 0; i < 2 * kPairs; ++i) {
-                const int row = kRank == 64 ? i : (i % kSwap ^ p.swap) + i / kSwap * kSwap;
-                const int at = kRank == 64 ? p.b ^ group * 64 : p.b + group * 64;
+                const int row = kWhole128 ? i : (i % kSwap ^ p.swap) + i / kSwap * kSwap;
+                const int at = kWhole128 ? (p.b ^ group % 2 * 64) + group / 2 * 128 : p.b + group * 64;
                 read_ranks<kRank>(b[i / 2][i % 2], slot + at + row * kRank * 2, group);
             }
             expand_group<kRun>(sum, b, v[group]);

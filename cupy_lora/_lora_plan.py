@@ -17,10 +17,13 @@ from .dispatch import (
     chunk_of,
     clusters_at_once,
     ring_slot_bytes,
+    staged_alone,
     staged_rank,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .lora_batch import LoraBatch
     from .lora_weights import LoraWeights
 
@@ -37,9 +40,16 @@ _FEW_TOKENS: Final = 2048  # up to here 256 threads read all indices at once
 Defines = tuple[tuple[str, int | str], ...]
 
 
-def stage_bytes(ranks: tuple[int, ...]) -> int:
-    """Bytes of one unit of B and y: ``kStageBytes`` of lora_direct.cuh."""
-    return 64 * (max((rank for rank in ranks if staged_rank(rank)), default=0) + 8) * 2
+def stage_bytes(ranks: Iterable[int]) -> int:
+    """Bytes of one unit of B and y, of those of these ranks that are staged: ``kStageBytes`` of lora_exchange.cuh."""
+    return max(((32 if rank > 64 else 64) * (rank + 8) * 2 for rank in ranks), default=1024)
+
+
+def _staged(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> list[int]:
+    """Those of a kernel's ranks whose code stages B and y in the direct form."""
+    if len(ranks) == 1:
+        return [rank for rank in ranks if staged_alone(rank, config, in_features)]
+    return [rank for rank in ranks if staged_rank(rank)]
 
 
 def _exchange_bytes(config: LoraConfig, chunk: int) -> tuple[int, int]:
@@ -52,11 +62,14 @@ _ORDER_BYTES: Final = 256  # kOrderBytes of lora_order.cuh
 _V_BYTES: Final = 8 * (_MAX_RANK_SHARED + 4) * 4
 
 
-def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], *, holds_v: bool) -> int:
+def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: int, *, holds_v: bool) -> int:
     """Dynamic shared memory of the direct form: the map in lora_direct.cuh."""
-    received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
-    slots = config.warps * config.stages * stage_bytes(ranks)
-    return 128 + received + own + max(slots, _V_BYTES if holds_v else 0)
+    chunk = max(16, *map(chunk_of, ranks))
+    staged = _staged(config, ranks, in_features)
+    received, own = _exchange_bytes(config, chunk)
+    kept = 8 * chunk * 4 if any(rank > chunk for rank in staged) else 0
+    slots = config.warps * config.stages * stage_bytes(staged)
+    return 128 + received + own + kept + max(slots, _V_BYTES if holds_v else 0)
 
 
 def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> int:
@@ -138,10 +151,12 @@ def _half_defines(
 
 
 def _half_kernel(source: str, symbol: str, phase: int, config: LoraConfig, rank: int, defines: Defines) -> Kernel:
+    in_features = int(dict(defines)["IN"])
     if phase == 1:
-        shared = direct_shared_bytes(replace(config, stages=0), (rank,), holds_v=False)
+        shared = direct_shared_bytes(replace(config, stages=0), (rank,), in_features, holds_v=False)
     else:
-        shared = config.warps * config.stages * stage_bytes((rank,)) if staged_rank(rank) else 0
+        staged = _staged(config, (rank,), in_features)
+        shared = config.warps * config.stages * stage_bytes(staged) if staged else 0
     cluster = config.cluster if phase == 1 else 1
     return Kernel(source, symbol, defines, block=32 * config.warps, shared=shared, cluster=cluster)
 
@@ -352,7 +367,7 @@ def _layer_kernel(
     if config.form == "ring":
         shared = ring_shared_bytes(config, ranks, width_in)
     else:
-        shared = direct_shared_bytes(config, ranks, holds_v=True)
+        shared = direct_shared_bytes(config, ranks, width_in, holds_v=True)
     return Kernel("lora", "add_lora", defines, block=32 * config.warps, shared=shared, cluster=config.cluster)
 
 

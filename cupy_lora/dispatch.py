@@ -225,7 +225,11 @@ def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **o
         else:
             lines.append("  eight rows at a time, read in a loop (no code of its own for this rank)")
     else:
-        staged = "staged in shared memory" if staged_rank(rank) else "read in a loop (no code of its own for this rank)"
+        staged = (
+            "staged in shared memory"
+            if staged_alone(rank, config, in_features)
+            else "read in a loop (no code of its own for this rank)"
+        )
         lines.append(f"  x and A go straight to registers; B and y are {staged}")
     if options.get("arch", 90) < 90:
         lines.append("  no clusters before compute capability 9.0")
@@ -244,7 +248,7 @@ def _choose(
 ) -> LoraConfig:
     slices = len(widths)
     coded = staged_rank(rank)
-    if ring and coded:
+    if ring and staged_rank(rank):
         config = _choose_ring(rank, tokens, in_features, widths, tiles, ranks, facts)
         if config is not None:
             return config
@@ -259,8 +263,8 @@ def _choose(
     full = tokens > 2 * tiles[8]
     if (
         ring
-        and 32 < rank <= 64
-        and coded
+        and rank > 32
+        and staged_rank(rank)
         and not full
         and facts.arch >= 90
         and clusters > 0.25 * facts.sm_count
@@ -274,7 +278,7 @@ def _choose(
         config = _ring(ranks, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
         if config.stages >= 5:
             return config
-    return _direct(rank, clusters, facts, in_features, max(widths), full=full)
+    return _direct(rank, clusters, facts, in_features, max(widths), full=full, alone=len(ranks) == 1)
 
 
 def _choose_split(clusters: int, ranks: frozenset[int], in_features: int, facts: DeviceFacts) -> LoraConfig | None:
@@ -337,8 +341,18 @@ def clusters_at_once(cluster: int, facts: DeviceFacts) -> int:
 
 
 def staged_rank(rank: int) -> bool:
-    """Whether a rank's code stages B and y in shared memory: ``slot_rank`` of lora_slots.cuh."""
+    """Whether a rank's code stages B and y in shared memory, in every kernel: ``slot_rank`` of lora_slots.cuh."""
     return rank <= _STRAIGHT_RANK and rank % (2 if rank <= 8 else 4 if rank <= 16 else 8) == 0
+
+
+def staged_alone(rank: int, config: LoraConfig, in_features: int) -> bool:
+    """Whether it does where it is the only one: ``kAbove64`` of lora_slots.cuh."""
+    few = config.cluster * config.warps == 64 or (config.cluster > 1 and in_features <= _SHORT_IN)
+    return staged_rank(rank) or (config.form == "direct" and few and _wide(rank))
+
+
+def _wide(rank: int) -> bool:
+    return _STRAIGHT_RANK < rank <= 128 and rank % 8 == 0
 
 
 def _power_rank(rank: int) -> bool:
@@ -379,7 +393,14 @@ def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
 
 
 def _direct(
-    rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0, width: int = 0, *, full: bool = False
+    rank: int,
+    clusters: int,
+    facts: DeviceFacts,
+    in_features: int = 0,
+    width: int = 0,
+    *,
+    full: bool = False,
+    alone: bool = True,
 ) -> LoraConfig:
     # Measured on 132 multiprocessors: clusters that do not all fit cost a second wave, so the fewer there are, the
     # more blocks share one; a light rank leaves room for several blocks a multiprocessor. Long rows of A take more
@@ -390,6 +411,10 @@ def _direct(
     long = in_features > 6144
     if facts.arch < 90 or not (light or limit > 100 * 1024):
         return LoraConfig("direct", 8, 1, 8, 2 if light else 1)
+    if alone and _wide(rank) and limit > 200 * 1024:
+        if share <= 0.14 or in_features > _SHORT_IN or facts.arch >= 100:  # fewer warps would spill
+            return LoraConfig("direct", 8, 8, 8, 1)
+        return LoraConfig("direct", 8, 8, 4, 1) if share <= 0.25 else LoraConfig("direct", 8, 2, 8, 1)
     if not coded:
         if share <= 0.13:
             return LoraConfig("direct", 8, 8, 8, 1)
@@ -422,6 +447,7 @@ def _direct(
     return LoraConfig("direct", 8, 2, 8, 1)
 
 
+_SHORT_IN: Final = 4096  # columns of x to which ranks above 64 are staged by few warps too
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
 
 

@@ -83,6 +83,14 @@ def test_same_bits_of_ranks_between_powers_of_two(rank: int, form: str) -> None:
     np.testing.assert_array_equal(add_lora(rank, form).view(np.uint16), usual(rank).view(np.uint16))
 
 
+@pytest.mark.parametrize("form", ["direct-8-blocks", "direct-one-block", "direct-one-unit-ahead"])
+@pytest.mark.parametrize("rank", [72, 96, 128])
+def test_same_bits_of_ranks_that_take_two_exchanges(rank: int, form: str) -> None:
+    np.testing.assert_array_equal(add_lora(rank, form).view(np.uint16), usual(rank).view(np.uint16))
+    np.testing.assert_array_equal(usual(rank), add_lora(rank, "ring", 1))  # in a loop there
+    np.testing.assert_array_equal(usual(rank), add_lora(rank, form, padded=200))
+
+
 @pytest.mark.parametrize("rank", [2, 6, 40, 56])
 def test_same_bits_of_ranks_that_end_in_a_group(rank: int) -> None:
     np.testing.assert_array_equal(add_lora(rank, "ring").view(np.uint16), usual(rank).view(np.uint16))
