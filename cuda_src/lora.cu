@@ -175,14 +175,18 @@ struct Work {
     const Record* table;  // of this slice; a slot's is kSlices further than the one before's
     const i32* tiles;     // head (slot, rows) and, 8 ints further, the rows of each
     const i32* count;
-    i32 slots, records;  // `records`: of `tiles` that may be read, whatever the count
+    i32 slots, records;  // `records`: of `tiles`, whatever the count; there may be more
 
     static constexpr int kStride = 8 + kTileRows;
     CUPY_LORA_DEVICE const i32* tile(int at) const { return tiles + static_cast<i64>(at) * kStride; }
 
-    // A record past the count may hold anything, so its slot is checked before it is followed.
-    CUPY_LORA_DEVICE bool has(int slot) const { return slot >= 0 && slot < slots; }
-    CUPY_LORA_DEVICE const Record* weights(int slot) const { return table + static_cast<i64>(slot) * kSlices; }
+    // Of rank 0 where there is no such slot: a record past the count may hold anything.
+    CUPY_LORA_DEVICE Record weights(int slot) const {
+        const bool there = slot >= 0 && slot < slots;
+        Record w = load_record(table + static_cast<i64>(there ? slot : 0) * kSlices);
+        if (!there) w.rank = 0;
+        return w;
+    }
 };
 
 #if TILE_ROWS > 8
@@ -192,8 +196,16 @@ CUPY_LORA_DEVICE void work_in_order(Block& block, const Layer& layer, const Work
     Chosen* const chosen = reinterpret_cast<Chosen*>(order);
     i32* const counts = reinterpret_cast<i32*>(order + sizeof(Chosen));
     const int thread = static_cast<int>(threadIdx.x);
+    // This thread's tile, with all that its blocks will ask for if it has one row: what is loaded for the order of the
+    // tiles is not loaded again behind it.
     int2 head = make_int2(-1, 0);
-    if (thread < work.records) head = ptx::load_int2(work.tile(thread));  // beside the count, not after it
+    int row = 0;
+    const auto load = [&](int at) {
+        head = ptx::load_int2(work.tile(at));
+        row = ptx::load_int(work.tile(at) + 8);
+    };
+    const int beside = work.records < kSorted ? work.records : kSorted;
+    if (thread < beside) load(thread);  // beside the count, not after it
     const int count = ptx::load_int(work.count);
 #pragma unroll 1
     for (int start = 0; start < count; start += kSorted) {
@@ -205,25 +217,22 @@ CUPY_LORA_DEVICE void work_in_order(Block& block, const Layer& layer, const Work
                 ptx::cluster_arrive_relaxed();
                 ptx::cluster_wait();
             }
-            if (start + thread < count) head = ptx::load_int2(work.tile(start + thread));
         }
-        const bool here = work.has(head.x);
-        const int rank = here ? ptx::load_int(&work.weights(head.x)->rank) : 0;
+        if (start + thread < count && start + thread >= beside) load(start + thread);
+        Record own = work.weights(head.x);
         Place mine;
-        const int positions = place_tile(mine, counts, start + thread < count ? rank : 0);
+        const int positions = place_tile(mine, counts, start + thread < count ? own.rank : 0);
 #pragma unroll 1
         for (int round = 0; round * static_cast<int>(gridDim.x) < positions; ++round) {
             const int at = position_in(round);
-            if (mine.first <= at && at < mine.last) *chosen = Chosen{start + thread, head.x, head.y, 0};
+            if (mine.first <= at && at < mine.last) *chosen = Chosen{start + thread, head.y, row, 0, own};
             __syncthreads();
             if (at >= positions) continue;
             const Chosen next = *chosen;
-            const i32* const list = work.tile(next.tile) + 8;
-            const int listed = ptx::load_int(list + thread % kTileRows), safe = ptx::load_int(list);
-            const Record w = load_record(work.weights(next.slot));
-            fill_table(table_of(block_shared()), listed, safe, next.rows, layer.tokens);  // while w is on its way
+            const int listed = next.rows > 1 ? ptx::load_int(work.tile(next.tile) + 8 + thread % kTileRows) : next.row;
+            fill_table(table_of(block_shared()), listed, next.row, next.rows, layer.tokens);
             __syncthreads();
-            tile_of_rank(w.rank, block, layer, Rows{next.rows, table_of(block_shared())}, w, y,
+            tile_of_rank(next.weights.rank, block, layer, Rows{next.rows, table_of(block_shared())}, next.weights, y,
                          static_cast<const In*>(nullptr), static_cast<const FirstX*>(nullptr));
         }
     }
@@ -268,13 +277,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     int safe = ptx::load_int(record + 8);
 #endif
     const int count = ptx::load_int(tile_count);
-    const auto weights_of = [&](int slot) {
-        const bool there = work.has(slot);
-        Record w = load_record(work.weights(there ? slot : 0));
-        if (!there) w.rank = 0;
-        return w;
-    };
-    Record w = weights_of(head.x);
+    Record w = work.weights(head.x);
     start_barriers(shared, TILE_ROWS > 8 ? 4 : 2);
     Block block = block_at(shared, kCluster == 1 ? 4 : 0);
     if (at >= count) return;
@@ -299,7 +302,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         record = work.tile(at);
         head = ptx::load_int2(record);
         listed = ptx::load_int(record + 8 + threadIdx.x % kListed);
-        w = weights_of(head.x);
+        w = work.weights(head.x);
 #if TILE_ROWS > 8
         safe = ptx::load_int(record + 8);
 #else

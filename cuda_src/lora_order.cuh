@@ -30,11 +30,11 @@ __device__ constexpr Teams kTeams = class_teams();
 
 // In shared memory: the block's next tile (a Chosen), then the counts: int [kWarps][kClasses].
 constexpr int kOrderBytes = 256;
-static_assert(16 + kWarps * kClasses * 4 <= kOrderBytes, "the order has its part of shared memory");
-
 struct __align__(16) Chosen {
-    i32 tile, slot, rows, spare;
+    i32 tile, rows, row, spare;  // `row`: the first of its rows
+    Record weights;
 };
+static_assert(sizeof(Chosen) + kWarps * kClasses * 4 <= kOrderBytes, "the order has its part of shared memory");
 
 // The class of a rank; kClasses for no adapter.
 CUPY_LORA_DEVICE int class_of(int rank) {

@@ -439,7 +439,8 @@ def _direct(
             return LoraConfig("direct", 8, 1, 4, 2)  # two blocks of 8 warps would spill
         return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN and width <= 8192 else 1)
     if share <= 0.14:
-        return LoraConfig("direct", 8, 8, 8, 1)
+        # Few columns of A for each warp, many of B: two units ahead.
+        return LoraConfig("direct", 8, 8, 4, 2) if width > 6 * in_features > 0 else LoraConfig("direct", 8, 8, 8, 1)
     if share <= 0.25:
         return LoraConfig("direct", 8, 4, 8, 2) if long else LoraConfig("direct", 8, 8, 4, 1)
     if rank <= 32:

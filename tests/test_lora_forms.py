@@ -26,6 +26,7 @@ FORMS = {
     "ring-32-rows": LoraConfig("ring", 32, 2, 8, 3),
     "ring-64-rows": LoraConfig("ring", 64, 1, 8, 3),
     "ring-in-pairs": LoraConfig("ring", 32, 1, 8, 6),
+    "ring-split": LoraConfig("ring", 16, 4, 8, 4, split=True),
 }
 
 
@@ -130,7 +131,7 @@ def test_same_bits_at_the_largest_rank() -> None:
     np.testing.assert_array_equal(plain, add_lora(1000, "direct", tokens=9, outs=(64,), padded=1024))
 
 
-@pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block"])
+@pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block", "ring-split"])
 @pytest.mark.parametrize("later", [3, 40, 90])
 def test_a_launch_replayed_with_another_batch(later: int, form: str) -> None:
     """As by a graph: the rows that its arrays lack are skipped, the others are those of the new batch."""
