@@ -11,7 +11,12 @@
 // Preconditions: CLUSTER > 1 needs sm_90. Slots that the table does not have and rows from `tokens` on are skipped.
 #include "lora_direct.cuh"
 #if TILE_ROWS > 8
+#include "lora_ring.cuh"
+#endif
+#if SPLIT
 #include "lora_order.cuh"
+#else
+constexpr int kOrderBytes = 0;
 #endif
 
 // One tile of one slice by the direct form; kRank 0: the rank is known at run time only.
@@ -60,7 +65,7 @@ using Rows = Tile;
 #endif
 
 #if TILE_ROWS > 8
-constexpr int kOrderAt = 128 + kTableBytes, kReceivedAt = kOrderAt + (kSplit ? kOrderBytes : 0);
+constexpr int kOrderAt = 128 + kTableBytes, kReceivedAt = kOrderAt + kOrderBytes;
 #endif
 
 // What a block works with; all but a few bits of it are addresses.
@@ -189,7 +194,7 @@ struct Work {
     }
 };
 
-#if TILE_ROWS > 8
+#if SPLIT
 // All of this block's tiles where clusters split (lora_order.cuh).
 CUPY_LORA_DEVICE void work_in_order(Block& block, const Layer& layer, const Work& work, Out* y) {
     unsigned char* const order = block_shared() + kOrderAt;
@@ -254,18 +259,12 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     }
     const Layer layer{x, y, x_stride, y_stride, tokens, scale, width};
     const Work work{table + slice, tiles, tile_count, slots, records};
-#if TILE_ROWS > 8
-    if constexpr (kSplit) {
-        start_barriers(shared, 4);
-        Block block = block_at(shared, kCluster == 1 ? 4 : 0);
-        if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
-        work_in_order(block, layer, work, y + offset);
-        if constexpr (kCluster > 1) {
-            if (!block.ex.joined) ptx::cluster_wait();
-        }
-        return;
-    }
-#endif
+#if SPLIT
+    start_barriers(shared, 4);
+    Block block = block_at(shared, kCluster == 1 ? 4 : 0);
+    if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
+    work_in_order(block, layer, work, y + offset);
+#else
     int at = static_cast<int>(blockIdx.x) / kCluster;
     const int step = static_cast<int>(gridDim.x) / kCluster;
     // The first record is read beside the count, not after it: the grid is within the capacity.
@@ -309,6 +308,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         __syncthreads();  // the next tile's parts overwrite this one's
 #endif
     }
+#endif
     if constexpr (kCluster > 1) {
         if (!block.ex.joined) ptx::cluster_wait();
     }

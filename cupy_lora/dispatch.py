@@ -140,6 +140,10 @@ class LoraConfig:
     min_blocks: int = 1
     split: bool = False
 
+    def __post_init__(self) -> None:
+        if self.split and self.form != "ring":
+            raise ValueError(f"split: expected the ring form, got {self.form!r}")
+
 
 def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
     """The config of a shrink or an expand on its own, with this many tiles of at most 8 rows."""

@@ -191,6 +191,12 @@ def test_clusters_split_where_mixed_ranks_fill_one_round() -> None:
     assert [dispatch.clusters_at_once(cluster, facts) for cluster in (1, 2, 4, 8, 16)] == [132, 66, 30, 15, 7]
 
 
+def test_only_rings_split() -> None:
+    assert dispatch.LoraConfig("ring", 16, 4, 8, 4, split=True).split
+    with pytest.raises(ValueError, match="split: expected the ring form, got 'direct'"):
+        dispatch.LoraConfig("direct", 8, 4, 8, split=True)
+
+
 def test_explain_says_what_is_chosen() -> None:
     text = dispatch.explain(16, 64, 4096, (4096, 1024, 1024), tiles={8: 9, 16: 8})
     assert "rank 16, 64 tokens, 4096 -> 4096 + 1024 + 1024: the direct form" in text
