@@ -15,10 +15,9 @@
 #include "lora_config.cuh"
 #include "lora_math.cuh"
 
-// Above 64 by registers: in the direct form, alone in the kernel, where a warp has few leaves or they are short.
-constexpr bool kAbove64 =
-    kTileRows <= 8 && kRankCount == 1 && (kCluster * kWarps == kLeaves || (kCluster > 1 && kIn <= 4096));
-constexpr int kSlotRanks = kAbove64 ? 128 : 64;
+// Above 64 by registers: in the direct form, alone in the kernel, where a warp has one leaf; to 96 a few short ones.
+constexpr int kAlone = kCluster * kWarps == kLeaves ? 128 : kCluster > 1 && kIn <= 4096 ? 96 : 64;
+constexpr int kSlotRanks = kTileRows <= 8 && kRankCount == 1 ? kAlone : 64;
 constexpr CUPY_LORA_DEVICE bool slot_rank(int rank) {
     return rank > 0 && rank <= kSlotRanks && rank % rank_run(rank) == 0;
 }

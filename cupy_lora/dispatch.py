@@ -350,9 +350,11 @@ def staged_rank(rank: int) -> bool:
 
 
 def staged_alone(rank: int, config: LoraConfig, in_features: int) -> bool:
-    """Whether it does where it is the only one: ``kAbove64`` of lora_slots.cuh."""
-    few = config.cluster * config.warps == 64 or (config.cluster > 1 and in_features <= _SHORT_IN)
-    return staged_rank(rank) or (config.form == "direct" and few and _wide(rank))
+    """Whether it does where it is the only one: ``kAlone`` of lora_slots.cuh."""
+    most = 96 if config.cluster > 1 and in_features <= _SHORT_IN else _STRAIGHT_RANK
+    if config.cluster * config.warps == 64:
+        most = 128
+    return staged_rank(rank) or (config.form == "direct" and _wide(rank) and rank <= most)
 
 
 def _wide(rank: int) -> bool:
@@ -416,7 +418,7 @@ def _direct(
     if facts.arch < 90 or not (light or limit > 100 * 1024):
         return LoraConfig("direct", 8, 1, 8, 2 if light else 1)
     if alone and _wide(rank) and limit > 200 * 1024:
-        if share <= 0.14 or in_features > _SHORT_IN or facts.arch >= 100:  # fewer warps would spill
+        if share <= 0.14 or rank > 96 or in_features > _SHORT_IN or facts.arch >= 100:  # fewer warps would spill
             return LoraConfig("direct", 8, 8, 8, 1)
         return LoraConfig("direct", 8, 8, 4, 1) if share <= 0.25 else LoraConfig("direct", 8, 2, 8, 1)
     if not coded:
@@ -452,7 +454,7 @@ def _direct(
     return LoraConfig("direct", 8, 2, 8, 1)
 
 
-_SHORT_IN: Final = 4096  # columns of x to which ranks above 64 are staged by few warps too
+_SHORT_IN: Final = 4096  # columns of x to which ranks to 96 are staged by few warps too
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
 
 

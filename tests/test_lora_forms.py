@@ -18,6 +18,7 @@ pytestmark = pytest.mark.simt
 FORMS = {
     "direct": LoraConfig("direct", 8, 2, 4),
     "direct-8-blocks": LoraConfig("direct", 8, 8, 4),
+    "direct-a-leaf-a-warp": LoraConfig("direct", 8, 8, 8, 1),
     "direct-one-block": LoraConfig("direct", 8, 1, 8),
     "direct-16-warps": LoraConfig("direct", 8, 1, 16, 1),
     "direct-one-unit-ahead": LoraConfig("direct", 8, 1, 4, 1),
@@ -84,7 +85,7 @@ def test_same_bits_of_ranks_between_powers_of_two(rank: int, form: str) -> None:
     np.testing.assert_array_equal(add_lora(rank, form).view(np.uint16), usual(rank).view(np.uint16))
 
 
-@pytest.mark.parametrize("form", ["direct-8-blocks", "direct-one-block", "direct-one-unit-ahead"])
+@pytest.mark.parametrize("form", ["direct-8-blocks", "direct-a-leaf-a-warp", "direct-one-block"])
 @pytest.mark.parametrize("rank", [72, 96, 128])
 def test_same_bits_of_ranks_that_take_two_exchanges(rank: int, form: str) -> None:
     np.testing.assert_array_equal(add_lora(rank, form).view(np.uint16), usual(rank).view(np.uint16))
