@@ -11,9 +11,9 @@
 // its occupancy, and the assembler moves such loads behind the products (10.0 instead of 7 us at 64 adapters).
 //
 // Shared memory (bytes): 128 for mbarriers | received: float [2][kHalf] of lora_exchange.cuh (clusters) |
-// parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] | v: float [8][kMaxRank + 4] (ranks that are
-// not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are). `direct_shared_bytes` in
-// cupy_lora/_lora_plan.py is the same sum.
+// parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] (twice for staged ranks above 64) | v: float
+// [8][kMaxRank + 4] (ranks that are not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are).
+// `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: kCluster * kWarps <= 64, both powers of two.
 #pragma once

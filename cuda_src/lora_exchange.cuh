@@ -22,6 +22,7 @@ struct Exchange {
     float* parts;           // [kWarps][8][kChunk + 4]
     float* received;        // [2][kHalf]: [kCluster][kOneHopRows][width], or [kCluster][share of v]
     float* whole;           // [8][kChunk]: summed over the cluster
+    float* kept;            // the same, of the exchange before, where a staged rank takes two
     float* v;               // [8][kMaxRank + 4]: of every rank, where they take several exchanges
     unsigned char* stages;  // [kWarps][STAGES]: slots of B and y
     u32 uses;               // exchanges so far: half = uses % 2, parity of its barrier = uses / 2 % 2
@@ -29,19 +30,25 @@ struct Exchange {
     bool joined;            // the other blocks of the cluster are known to run
 };
 
+// Ranks of a staged rank's second exchange, where it takes two: whole groups of four runs.
+constexpr CUPY_LORA_DEVICE int rest_of(int rank) {
+    const int rest = slot_rank(rank) ? rank - chunk_of(rank) : 0;
+    return rest <= 0 ? 0 : rest <= 32 ? 32 : 64;
+}
+
 // What a second hop takes, in stores of a block: about 450 cycles (the first is one store a cycle: 690 for 32, 2000 for
 // 1024). One hop takes kCluster stores for four ranks of a row, two hops two.
 constexpr int kHopStores = 400;
 // Most rows of a tile whose parts take one hop.
 constexpr CUPY_LORA_DEVICE int one_hop_rows(int width) {
-    const int rows = kCluster <= 2 ? 8 : 4 * kHopStores / (width * (kCluster - 2));
+    const int rows = kCluster <= 2 || width == 0 ? 8 : 4 * kHopStores / (width * (kCluster - 2));
     return rows < 8 ? rows : 8;
 }
 template <int kWidth>
 constexpr int kOneHopRows = one_hop_rows(kWidth);
 
-// Floats that the others write in one exchange. A half is as long as that of the widest one: an exchange of another width
-// must not reach into the one before, which a slower block may still read.
+// Floats that the others write in one exchange. A half is as long as that of the widest one: an exchange of another
+// width must not reach into the one before, which a slower block may still read.
 constexpr CUPY_LORA_DEVICE int half_of(int width) {
     const int one = kCluster * one_hop_rows(width) * width, two = one_hop_rows(width) != 8 ? 8 * width : 0;
     return one > two ? one : two;
@@ -49,8 +56,9 @@ constexpr CUPY_LORA_DEVICE int half_of(int width) {
 constexpr CUPY_LORA_DEVICE int widest_half() {
     int widest = kAnyRank ? half_of(kAnyChunk) : 0;
     for (int i = 0; i < kRankCount; ++i) {
-        const int half = half_of(chunk_of(kRanks[i]));
+        const int half = half_of(chunk_of(kRanks[i])), rest = half_of(rest_of(kRanks[i]));
         widest = half > widest ? half : widest;
+        widest = rest > widest ? rest : widest;
     }
     return widest;
 }
@@ -59,7 +67,9 @@ constexpr int kReceivedBytes = kCluster > 1 ? 2 * kHalf * 4 : 0;
 // Whether a tile may take two hops.
 constexpr CUPY_LORA_DEVICE bool any_two_hops() {
     bool any = kAnyRank && one_hop_rows(kAnyChunk) != 8;
-    for (int i = 0; i < kRankCount; ++i) any |= one_hop_rows(chunk_of(kRanks[i])) != 8;
+    for (int i = 0; i < kRankCount; ++i) {
+        any |= one_hop_rows(chunk_of(kRanks[i])) != 8 || one_hop_rows(rest_of(kRanks[i])) != 8;
+    }
     return any;
 }
 constexpr int kExchangeBarriers = any_two_hops() ? 3 : 2;
@@ -68,8 +78,18 @@ constexpr CUPY_LORA_DEVICE int widest_staged() {
     for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
     return widest;
 }
-constexpr int kStageBytes = 64 * (widest_staged() + 8) * 2;  // 64 columns of B and of 8 rows of y
-constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;   // then `whole` and v
+// Of a slot: 64 columns of B and of 8 rows of y, half as many of a rank above 64.
+constexpr CUPY_LORA_DEVICE int slot_bytes(int rank) { return (rank > 64 ? 32 : 64) * (rank + 8) * 2; }
+constexpr CUPY_LORA_DEVICE int widest_slot() {
+    int widest = slot_bytes(0);
+    for (int i = 0; i < kRankCount; ++i) {
+        if (slot_rank(kRanks[i]) && slot_bytes(kRanks[i]) > widest) widest = slot_bytes(kRanks[i]);
+    }
+    return widest;
+}
+constexpr int kStageBytes = widest_slot();
+constexpr int kKeptBytes = widest_staged() > 64 ? 8 * kChunk * 4 : 0;
+constexpr int kPartsBytes = kWarps * 8 * (kChunk + 4) * 4;  // then `whole` and v
 
 // What a block keeps of its exchanges from one tile to the next; the rest are addresses.
 struct ExchangeState {
@@ -85,8 +105,9 @@ CUPY_LORA_DEVICE Exchange exchange_at(unsigned char* barriers, unsigned char* re
     ex.received = reinterpret_cast<float*>(received);
     ex.parts = reinterpret_cast<float*>(local);
     ex.whole = reinterpret_cast<float*>(local + kPartsBytes);
-    ex.v = ex.whole + 8 * kChunk;
-    ex.stages = local + kPartsBytes + 8 * kChunk * 4;  // a tile uses one of the two
+    ex.kept = ex.whole + 8 * kChunk;
+    ex.stages = local + kPartsBytes + 8 * kChunk * 4 + kKeptBytes;  // a tile uses one of the two
+    ex.v = reinterpret_cast<float*>(ex.stages);
     ex.uses = state.uses;
     ex.hops = state.hops;
     ex.joined = state.joined;
@@ -152,44 +173,50 @@ CUPY_LORA_DEVICE void send_quad(float* to, float4 v, u64* barrier, int peer) {
     ptx::store_async_16(ptx::map_shared(to, peer), bits, ptx::map_shared(barrier, peer));
 }
 
-// ---- two hops: of v's quads (at most kQuads), block b sums the b-th share
-// Quads of this block's share.
-template <int kQuads>
+// ---- two hops: of v's quads (at most kQuads), block b of the kTeam that share a tile sums the b-th share
+//
+// Whoever has all of v has had from each block its parts, sent when that block was done with the v before, and the sums
+// of its share, sent when a warp had read it: so `shares` and `whole` may be written for the next tile at once, by
+// teams of this or another size, as long as they are within this one (lora_order.cuh). Quads of this block's share.
+template <int kQuads, int kTeam>
 CUPY_LORA_DEVICE int own_share(int quads) {
-    constexpr int kShare = kQuads / kCluster;
-    static_assert(kQuads % kCluster == 0, "the shares are whole quads");
-    const int left = quads - static_cast<int>(blockIdx.x % kCluster) * kShare;
+    constexpr int kShare = kQuads / kTeam;
+    static_assert(kQuads % kTeam == 0, "the shares are whole quads");
+    const int left = quads - static_cast<int>(blockIdx.x % kTeam) * kShare;
     return left < 0 ? 0 : left > kShare ? kShare : left;
 }
 
 // By one thread: what the two barriers will count.
-template <int kQuads>
+template <int kQuads, int kTeam = kCluster>
 CUPY_LORA_DEVICE void expect_shares(u64* gathered, u64* spread, int quads) {
-    ptx::mbarrier_expect(gathered, static_cast<u32>(own_share<kQuads>(quads) * 16 * kCluster));
+    ptx::mbarrier_expect(gathered, static_cast<u32>(own_share<kQuads, kTeam>(quads) * 16 * kTeam));
     ptx::mbarrier_expect(spread, static_cast<u32>(quads * 16));
 }
 
-// part(quad): of this block. `shares`: [kCluster][share]; `whole` gets all of v.
-template <int kQuads, class Part, class Meanwhile>
+// part(quad): of this block. `shares`: [kTeam][share]; `whole` gets all of v.
+template <int kQuads, int kTeam = kCluster, class Part, class Meanwhile>
 CUPY_LORA_DEVICE void exchange_shares(u64* gathered, u32 gathered_parity, u64* spread, u32 spread_parity, float* shares,
                                       float* whole, int quads, const Part& part, const Meanwhile& meanwhile) {
-    constexpr int kShare = kQuads / kCluster;
-    const int block = static_cast<int>(blockIdx.x % kCluster), thread = static_cast<int>(threadIdx.x);
+    constexpr int kShare = kQuads / kTeam;
+    const int block = static_cast<int>(blockIdx.x % kTeam), thread = static_cast<int>(threadIdx.x);
+    const int team = static_cast<int>(blockIdx.x % kCluster) - block;  // its first block, in the cluster
 #pragma unroll 1
     for (int first = 0; first < kQuads; first += kThreads) {  // a constant: for 8 rows it is one turn
         const int e = first + thread;
-        if (e < quads) send_quad(shares + (block * kShare + e % kShare) * 4, part(e), gathered, e / kShare);
+        if (e < quads) send_quad(shares + (block * kShare + e % kShare) * 4, part(e), gathered, team + e / kShare);
     }
-    const int mine = own_share<kQuads>(quads);
+    const int mine = own_share<kQuads, kTeam>(quads);
     ptx::mbarrier_wait(gathered, gathered_parity);
 #pragma unroll 1
     for (int first = 0; first < kQuads; first += kThreads) {
-        const int item = first + thread, e = item % kShare, peer = item / kShare;
-        if (e < mine && peer < kCluster) {
-            const float4 sum = tree_sum<kCluster>(
+        const int item = first + thread, e = item / kTeam;  // for all peers by one warp: it reads, then sends
+        float4 sum;
+        if (e < mine) {
+            sum = tree_sum<kTeam>(
                 [&](int from) { return *reinterpret_cast<const float4*>(shares + (from * kShare + e) * 4); });
-            send_quad(whole + (block * kShare + e) * 4, sum, spread, peer);
         }
+        __syncwarp();
+        if (e < mine) send_quad(whole + (block * kShare + e) * 4, sum, spread, team + item % kTeam);
     }
     meanwhile();
     ptx::mbarrier_wait(spread, spread_parity);
@@ -285,4 +312,10 @@ CUPY_LORA_DEVICE float4 exchanged(const Exchange& ex, int token, int rank) {
     } else {
         return *reinterpret_cast<const float4*>(ex.whole + token * kWidth + rank);
     }
+}
+
+// Leaves the v just exchanged where the next exchange does not reach it, and synchronises the block.
+template <int kWidth>
+CUPY_LORA_DEVICE void keep_exchanged(const Exchange& ex, int rows) {
+    sum_quads<kWidth>(ex, rows, ex.kept, [&](int token, int rank) { return exchanged<kWidth>(ex, token, rank); });
 }

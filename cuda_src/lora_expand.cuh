@@ -90,11 +90,12 @@ constexpr bool kStaged =
 
 // This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
 // `request` asks for the first of them, which does not take v; `take_early` moves the first units of few on to
-// registers, while v is on its way, and asks for the units that have their slots next; `finish` multiplies.
+// registers, while v is on its way, and asks for the units that have their slots next; `take` makes v's operand;
+// `finish` multiplies.
 template <int kRank>
 struct ExpandStaged {
     // Narrow units where a wide rank meets the sums of a whole tile, or other bodies in the kernel: registers.
-    static constexpr bool kNarrow = kRank >= 32 && (kCluster == 1 || kRankCount > 1);
+    static constexpr bool kNarrow = kRank > 64 || (kRank > 16 && (kCluster == 1 || kRankCount > 1));
     static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
                          kUnit = 16 * kPairs;
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
@@ -118,6 +119,7 @@ struct ExpandStaged {
     int rows;
     bool writes[2];  // tokens 2t and 2t + 1
     typename S::Place place;
+    typename S::V v;
     typename S::Sum early_sum[kTaken];
     ColumnsOfB<Half> early_b[kTaken][kOperands][kPairs];
 
@@ -127,11 +129,10 @@ struct ExpandStaged {
         if (unit < kMine) {
             constexpr int kBChunks = kUnit * kRank / 8;
 #pragma unroll
-            for (int j = 0; j < kBChunks / 32; ++j) {
-                const int item = lane + 32 * j, row = item / (kRank / 8);
-                if (kWhole || column + row < width) {
-                    ptx::copy_async_16(slot + S::b_byte(row, item % (kRank / 8)),
-                                       b_from + unit * kDeal * kUnit * kRank + 256 * j);
+            for (int j = 0; j < ceil_div(kBChunks, 32); ++j) {
+                const int item = lane + 32 * j;
+                if ((kBChunks % 32 == 0 || item < kBChunks) && (kWhole || b_left(item, width - column, kRank) > 0)) {
+                    ptx::copy_async_16(slot + S::b_byte(item), b_from + unit * kDeal * kUnit * kRank + 256 * j);
                 }
             }
 #pragma unroll
@@ -206,10 +207,14 @@ struct ExpandStaged {
         }
     }
 
-    template <class VQuad>
-    CUPY_LORA_DEVICE void finish(const VQuad& v_quad) {
-        typename S::V v;
-        S::split(v, v_quad);
+    // This lane's v of the ranks from kFrom on that one exchange takes, from v_quad(rank).
+    template <int kFrom, class VQuad>
+    CUPY_LORA_DEVICE void take(const VQuad& v_quad) {
+        constexpr int kEach = 4 * S::kRun, kLeft = S::kGroups - kFrom / kEach;
+        S::template split<kFrom / kEach, kFrom / kEach + (kLeft * kEach > 64 ? 64 / kEach : kLeft)>(v, v_quad);
+    }
+
+    CUPY_LORA_DEVICE void finish() {
         if constexpr (kEarly == 0) place = my_place();
 #pragma unroll
         for (int unit = 0; unit < kEarly; ++unit) {

@@ -76,10 +76,13 @@ CUPY_LORA_DEVICE void expand_tile(const Tile& tile, const In* v, i64 v_stride, c
         ExpandStaged<kOf> expand;
         expand.request(stages, tile, out, out_stride, b, kWidest);
         expand.take_early();
-        expand.finish([&](int at) {
+        const auto v_quad = [&](int at) {
             return make_float4(at < kRank ? v_of(at) : 0.f, at + 1 < kRank ? v_of(at + 1) : 0.f,
                                at + 2 < kRank ? v_of(at + 2) : 0.f, at + 3 < kRank ? v_of(at + 3) : 0.f);
-        });
+        };
+        expand.template take<0>(v_quad);
+        if constexpr (kOf > 64) expand.template take<64>(v_quad);
+        expand.finish();
     } else {
         expand_any<kRank>(tile, out, out_stride, b, kRank, kWidest, v_of);
     }

@@ -1,7 +1,8 @@
 // The ring form: a tile of kTileRows (16 to 64) rows of one adapter, staged through shared memory.
 //
-// A cluster of kCluster blocks works on one (tile, slice), in stages that a ring of STAGES slots keeps in
-// flight; the ring does not drain between the two halves:
+// A cluster of kCluster blocks works on one (tile, slice), or splits into teams that do (lora_order.cuh); in stages
+// that a ring of STAGES slots, more where a rank takes smaller ones, keeps in flight. The ring does not drain between
+// the two halves:
 //   shrink stage   kLeafWarps leaves of the tile's rows of x and of A
 //   expand stage   kColumns columns of the tile's rows of y and of B
 // The 8 or 16 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (16 tokens, unit of
@@ -11,26 +12,40 @@
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
 //   B, y  RingSlot of lora_slots.cuh
-// Shared memory of the block: 128 for mbarriers | 256 for the table of rows | received of the direct form | shares
-// and v (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and
-// v. `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
+// Shared memory of the block: 128 for mbarriers | 256 for the table of rows | 32 a warp for the order of tiles
+// (clusters that split) | received of the direct form | shares and v (clusters) | parts: float [leaf warps *
+// passes][rows][rank + 4] and the slots, or the direct form's parts and v. `ring_shared_bytes` in
+// cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: those of lora_slots.cuh.
 #pragma once
 
 #include "lora_direct.cuh"
+#include "lora_rows.cuh"
+
+// Ranks of v of the widest: whole blocks of 16, those past the rank being zeros.
+constexpr CUPY_LORA_DEVICE int widest_ring_rank() { return chunk_of(widest_staged()); }
+
+// Blocks that share a tile of this rank: the cluster, or of one that splits, what the rank is of the widest.
+constexpr CUPY_LORA_DEVICE int team_of(int rank) {
+    constexpr int kWidestRank = widest_staged() > 0 ? widest_staged() : 1;
+    if (!kSplit || !slot_rank(rank)) return kCluster;
+    const int team = floor_power(kCluster * rank / kWidestRank);
+    return team > 0 ? team : 1;
+}
 
 template <int kRank>
 struct RingShape {
-    static constexpr int kRows16 = kRank < 16 ? 16 : kRank;  // ranks of v, whole blocks of 16
-    static constexpr int kRankWarps = kRank < 64 ? 1 : kTileRows < 64 ? 2 : 4;
+    static constexpr int kRows16 = chunk_of(kRank);
+    static constexpr int kRankWarps = kRank <= 32 ? 1 : kTileRows < 64 ? 2 : 4;
     static constexpr int kBlocks = kRows16 / 16 / kRankWarps;  // of 16 ranks, per warp
     static constexpr int kTokenWarps = kTileRows / 8 * kRankWarps > kWarps ? kWarps / kRankWarps : kTileRows / 8;
     static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp
+    static constexpr int kTeam = team_of(kRank);
     static constexpr int kLeafWarps = kWarps / (kRankWarps * kTokenWarps);
-    static constexpr int kLeavesEach = kLeaves / (kCluster * kLeafWarps);
+    static constexpr int kLeavesEach = kLeaves / (kTeam * kLeafWarps);
     static constexpr int kTiles =
-        kRank >= 32 && (kTileRows == 16 || kWarps > 8) ? 2 : 4;  // of 8 columns, per warp and stage
+        kRank > 16 && (kTileRows == 16 || kWarps > 8) ? 2 : 4;  // of 8 columns, per warp and stage
     static constexpr int kTokenTiles = kTileRows / 16;
     static constexpr int kColumns = 8 * kTiles * (kWarps / kTokenTiles);
     static constexpr int kLeafChunks = Leaf<kIn>::kColumns / 8;  // 16-byte chunks of a row of a leaf
@@ -70,7 +85,7 @@ CUPY_LORA_DEVICE int further(int byte, int step, int chunks) {
 // What remote blocks write, and the barriers that count it: used by ring tiles only.
 struct RingExchange {
     u64* barriers;  // [2]: parts for this block's share of v; the whole v
-    float* shares;  // [kCluster][share]
+    float* shares;  // [team][share]
     float* v;       // [kTileRows][rank]
     u32 uses;
 };
@@ -85,42 +100,27 @@ CUPY_LORA_DEVICE float4 ring_part(const float* parts, int token, int rank) {
     });
 }
 
-// The rows of a tile, as Tile of lora_config.cuh has them, in a table of shared memory: a row that is not written
-// stands there as its complement, and is one that is safe to read.
-struct RingTile {
-    int rows;
-    const i32* table;
-
-    CUPY_LORA_DEVICE u64 row(int i) const { return static_cast<u32>(table[i] < 0 ? ~table[i] : table[i]); }
-    CUPY_LORA_DEVICE bool writes(int i) const { return table[i] >= 0; }
-
-    // `count` rows from `first` on, for the direct form.
-    CUPY_LORA_DEVICE Tile eight(int first, int count) const {
-        const int i = threadIdx.x % 8, own = first + i;
-        const u32 written = __ballot_sync(0xffffffffu, i < count && writes(own)) & 0xffu;
-        return Tile{count, static_cast<int>(row(own)), written, 0};
-    }
-};
-
-constexpr int kTableBytes = 256;
-CUPY_LORA_DEVICE i32* table_of(unsigned char* shared) { return reinterpret_cast<i32*>(shared + 128); }
-
-// Fills the table from the list's entries, `listed` being that of this thread (thread % kTileRows) and `safe` the
-// first one. Rows from `tokens` on are not the caller's: a graph may be replayed with another batch.
-CUPY_LORA_DEVICE void fill_table(i32* table, int listed, int safe, int rows, i32 tokens) {
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < kTileRows) {
-        const int chosen = i < rows ? listed : safe;
-        const bool there = chosen < tokens;
-        table[i] = there && i < rows ? chosen : ~(there ? chosen : 0);
+// Of the slots and the parts beside them: room for STAGES of any rank.
+template <int kAt = 0>
+constexpr CUPY_LORA_DEVICE int ring_bytes() {
+    if constexpr (kAt == kRankCount) {
+        return 0;
+    } else if constexpr (!slot_rank(kRanks[kAt])) {
+        return ring_bytes<kAt + 1>();
+    } else {
+        using S = RingShape<kRanks[kAt]>;
+        constexpr int kMine = S::kPartBytes + STAGES * S::kSlotBytes, kRest = ring_bytes<kAt + 1>();
+        return kMine > kRest ? kMine : kRest;
     }
 }
 
-constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
-    int widest = 16;
-    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
-    return widest;
+// Slots of a rank's ring: what is laid out for the widest holds more of a narrow one's, whose bytes in flight are few.
+template <int kRank>
+constexpr CUPY_LORA_DEVICE int ring_stages() {
+    constexpr int kFit = (ring_bytes() - RingShape<kRank>::kPartBytes) / RingShape<kRank>::kSlotBytes;
+    return kFit < 16 ? kFit : 16;
 }
+
 constexpr int kRingRemoteBytes = kCluster > 1 ? 2 * kTileRows * widest_ring_rank() * 4 : 0;
 
 CUPY_LORA_DEVICE RingExchange ring_at(unsigned char* barriers, unsigned char* remote, u32 uses) {
@@ -137,14 +137,24 @@ CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float*
     using S = RingShape<kRank>;
     constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads;
     const u32 parity = rx.uses++ & 1;
-    if (threadIdx.x == 0) expect_shares<kAll>(rx.barriers, rx.barriers + 1, rows * kQuads);
+    if (threadIdx.x == 0) expect_shares<kAll, S::kTeam>(rx.barriers, rx.barriers + 1, rows * kQuads);
     if (!ex.joined) {
         ptx::cluster_wait();
         ex.joined = true;
     }
-    exchange_shares<kAll>(
+    exchange_shares<kAll, S::kTeam>(
         rx.barriers, parity, rx.barriers + 1, parity, rx.shares, rx.v, rows * kQuads,
         [&](int quad) { return ring_part<kRank>(parts, quad / kQuads, quad % kQuads * 4); }, [] {});
+}
+
+// 8 columns of rank `first` + g of A, zeros from kRank on: what lies there is not A.
+template <int kRank>
+CUPY_LORA_DEVICE uint4 row_of_a(const unsigned char* at, int first) {
+    if (first >= kRank) return make_uint4(0, 0, 0, 0);
+    if (first + 8 <= kRank || first + static_cast<int>(threadIdx.x % 32 / 4) < kRank) {
+        return *reinterpret_cast<const uint4*>(at);
+    }
+    return make_uint4(0, 0, 0, 0);
 }
 
 template <int kRank>
@@ -154,11 +164,11 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;
     using E = typename S::Expand;
     const int width = width_of(layer.width);
-    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), kCluster);
-    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * kCluster) == 0;
+    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), S::kTeam);
+    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * S::kTeam) == 0;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4,
               t = lane % 4;
-    const int block = static_cast<int>(blockIdx.x % kCluster);
+    const int block = static_cast<int>(blockIdx.x % S::kTeam);
     float* const parts = reinterpret_cast<float*>(local);
     unsigned char* const ring = local + S::kPartBytes;
 
@@ -196,9 +206,10 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         y_from[j] = y + tile.row(y_row + j * kThreads / kYChunks) * layer.y_stride + block * S::kColumns + y_chunk * 8;
     }
     const Half* b_from = w.b + static_cast<i64>(block) * S::kColumns * kRank + thread * 8;
-    const int b_row = thread / (kRank / 8), b_to = E::b_byte(b_row, thread % (kRank / 8));
+    const int b_to = E::b_byte(thread);
 
-    constexpr u32 kRingBytes = STAGES * S::kSlotBytes;
+    constexpr int kStages = ring_stages<kRank>();
+    constexpr u32 kRingBytes = kStages * S::kSlotBytes;
     int stage_in = 0;
     u32 in = 0, out = 0;  // bytes from `ring` to the next slot to fill, and to read
     const auto request = [&] {
@@ -221,11 +232,11 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll
             for (int j = 0; j < kFroms; ++j) from[j] += kChunks * 8;
         } else if (stage_in < S::kLeavesEach + expand_stages) {
-            const int first = ((stage_in - S::kLeavesEach) * kCluster + block) * S::kColumns;  // column of the slice
+            const int first = ((stage_in - S::kLeavesEach) * S::kTeam + block) * S::kColumns;  // column of the slice
 #pragma unroll
             for (int j = 0; j < ceil_div(kBItems, kThreads); ++j) {
                 if ((kBItems % kThreads == 0 || thread + j * kThreads < kBItems) &&
-                    (kWhole || first + b_row + j * kThreads * 8 / kRank < width)) {
+                    (kWhole || b_left(thread + j * kThreads, width - first, kRank) > 0)) {
                     ptx::copy_async_16(slot_in + b_to + j * kThreads * 16, b_from + j * kThreads * 8);
                 }
             }
@@ -234,9 +245,9 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                 if (y_row + j * kThreads / kYChunks < tile.rows && (kWhole || first + y_chunk * 8 < width)) {
                     ptx::copy_async_16(slot_in + y_to + j * kThreads * 16, y_from[j]);
                 }
-                y_from[j] += kCluster * S::kColumns;
+                y_from[j] += S::kTeam * S::kColumns;
             }
-            b_from += kCluster * S::kColumns * kRank;
+            b_from += S::kTeam * S::kColumns * kRank;
         }
         ++stage_in;
         in = in + S::kSlotBytes == kRingBytes ? 0 : in + S::kSlotBytes;
@@ -244,7 +255,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     };
     // The next kTogether stages, once they have landed for all threads; asks for those that take the slots before them.
     const auto take = [&] {
-        ptx::copy_async_wait<STAGES - 2 * S::kTogether>();
+        ptx::copy_async_wait<kStages - 2 * S::kTogether>();
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < S::kTogether; ++i) request();
@@ -255,7 +266,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         return slot;
     };
 #pragma unroll 1
-    for (int i = 0; i < STAGES - S::kTogether; ++i) request();
+    for (int i = 0; i < kStages - S::kTogether; ++i) request();
 
     // ---- shrink
     const int rank_warp = warp % S::kRankWarps, token_warp = warp / S::kRankWarps % S::kTokenWarps;
@@ -294,9 +305,9 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll
                         for (int b = 0; b < S::kBlocks; ++b) {
                             const unsigned char* const at = slot + further(a_at, s, kChunks) + b * 16 * kRowBytes;
-                            const uint4 low = *reinterpret_cast<const uint4*>(at);
-                            uint4 high = make_uint4(0, 0, 0, 0);
-                            if constexpr (kRank >= 16) high = *reinterpret_cast<const uint4*>(at + 8 * kRowBytes);
+                            const int first = kRank == S::kRows16 ? 0 : (rank_warp * S::kBlocks + b) * 16;
+                            const uint4 low = row_of_a<kRank>(at, first),
+                                        high = row_of_a<kRank>(at + 8 * kRowBytes, first + 8);
                             shrink_step<Half>(sum[b], low, high, xs);
                         }
                     }
@@ -321,7 +332,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         }
     }
     __syncthreads();
-    if constexpr (kCluster > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
+    if constexpr (S::kTeam > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
 
     ptx::start_next();
 
@@ -331,7 +342,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     typename E::V v;
     E::split(v, [&](int h, int rank) {
         float4 q;
-        if constexpr (kCluster > 1) {
+        if constexpr (S::kTeam > 1) {
             q = *reinterpret_cast<const float4*>(rx.v + (token0 + 8 * h) * S::kRows16 + rank);
         } else {
             q = ring_part<kRank>(parts, token0 + 8 * h, rank);
@@ -351,18 +362,18 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     for (int first = 0; first < expand_stages; first += S::kTogether) {
         take();
         constexpr int kUnroll =
-            kRank == 64 && (sizeof(SplitV<Half>) > 24 || kWarps > 8) ? 1 : S::kTogether;  // by registers
+            kRank > 32 && (sizeof(SplitV<Half>) > 24 || kWarps > 8) ? 1 : S::kTogether;  // by registers
 #pragma unroll kUnroll
         for (int i = 0; i < S::kTogether; ++i) {
             const int stage = first + i;
             if (i > 0 && stage >= expand_stages) break;
-            const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < width;
+            const bool inside = kWhole || (stage * S::kTeam + block) * S::kColumns + my_column < width;
             typename E::Y y_pair[2];
             E::multiply(y_pair, next_slot(), place, v);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 if (writes[h] && inside) y_pair[h].store(y_out[h], 8);
-                y_out[h] += kCluster * S::kColumns;
+                y_out[h] += S::kTeam * S::kColumns;
             }
         }
     }
