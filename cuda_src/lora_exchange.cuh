@@ -175,9 +175,11 @@ CUPY_LORA_DEVICE void send_quad(float* to, float4 v, u64* barrier, int peer) {
 
 // ---- two hops: of v's quads (at most kQuads), block b of the kTeam that share a tile sums the b-th share
 //
-// Whoever has all of v has had from each block its parts, sent when that block was done with the v before, and the sums
-// of its share, sent when a warp had read it: so `shares` and `whole` may be written for the next tile at once, by
-// teams of this or another size, as long as they are within this one (lora_order.cuh). Quads of this block's share.
+// Whoever has all of v knows that each block is done with the v before (it has sent its parts since) and with its
+// shares (one thread read each for all). So both may be written for the next tile at once, by a team of this size or
+// one within this team (lora_order.cuh).
+
+// Quads of this block's share.
 template <int kQuads, int kTeam>
 CUPY_LORA_DEVICE int own_share(int quads) {
     constexpr int kShare = kQuads / kTeam;
@@ -209,14 +211,15 @@ CUPY_LORA_DEVICE void exchange_shares(u64* gathered, u32 gathered_parity, u64* s
     ptx::mbarrier_wait(gathered, gathered_parity);
 #pragma unroll 1
     for (int first = 0; first < kQuads; first += kThreads) {
-        const int item = first + thread, e = item / kTeam;  // for all peers by one warp: it reads, then sends
-        float4 sum;
-        if (e < mine) {
+        const int item = first + thread, e = item / kTeam, peer = item % kTeam;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (e < mine && peer == 0) {
             sum = tree_sum<kTeam>(
                 [&](int from) { return *reinterpret_cast<const float4*>(shares + (from * kShare + e) * 4); });
         }
-        __syncwarp();
-        if (e < mine) send_quad(whole + (block * kShare + e) * 4, sum, spread, team + item % kTeam);
+        const auto to_peers = [&](float v) { return __shfl_sync(0xffffffffu, v, thread % 32 - peer); };
+        sum = make_float4(to_peers(sum.x), to_peers(sum.y), to_peers(sum.z), to_peers(sum.w));
+        if (e < mine) send_quad(whole + (block * kShare + e) * 4, sum, spread, team + peer);
     }
     meanwhile();
     ptx::mbarrier_wait(spread, spread_parity);
