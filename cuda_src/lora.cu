@@ -27,7 +27,7 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     const float scale = w.scale * layer.scale;
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
-        constexpr bool kOpens = Leaf<kIn>::kExact;  // while the loads are under way: by registers
+        constexpr bool kOpens = Leaf<kIn>::kExact && kRank <= kWidth;  // while the loads are under way: by registers
         ExpandStaged<kRank> expand;
         shrink_leaves<kWidth / 16, kShrinkBudget, true>(
             ex, x_row, w.a, kRank,
