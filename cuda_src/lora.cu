@@ -4,14 +4,19 @@
 //   x (tokens, in), y (tokens, sum of the slices' widths), A (rank, in), B (width, rank)
 //
 // Grid: x = clusters of CLUSTER blocks that take tiles in turn (any number of them is right, as many as
-// there are tiles is fastest), y = slices. Block: 32 * WARPS threads. A tile is up to TILE_ROWS tokens of
-// one slot, listed by build_tiles (lora_batch.cu). The forms are described in lora_direct.cuh and
-// lora_ring.cuh; both give the same bits (lora_math.cuh).
+// there are tiles is fastest; where clusters split, as many as fit at once), y = slices. Block: 32 * WARPS threads. A
+// tile is up to TILE_ROWS tokens of one slot, listed by build_tiles (lora_batch.cu). The forms are described in
+// lora_direct.cuh and lora_ring.cuh; both give the same bits (lora_math.cuh).
 //
 // Preconditions: CLUSTER > 1 needs sm_90. Slots that the table does not have and rows from `tokens` on are skipped.
 #include "lora_direct.cuh"
 #if TILE_ROWS > 8
 #include "lora_ring.cuh"
+#endif
+#if SPLIT
+#include "lora_order.cuh"
+#else
+constexpr int kOrderBytes = 0;
 #endif
 
 // One tile of one slice by the direct form; kRank 0: the rank is known at run time only.
@@ -22,17 +27,35 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     const float scale = w.scale * layer.scale;
     if constexpr (kStaged<kRank>) {
         constexpr int kWidth = chunk_of(kRank);
+        constexpr bool kOpens = Leaf<kIn>::kExact && kRank <= kWidth;  // while the loads are under way: by registers
         ExpandStaged<kRank> expand;
-        shrink_leaves<kWidth / 16, kShrinkBudget>(
-            ex, x_row, w.a, kRank, [&] { expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width); },
+        shrink_leaves<kWidth / 16, kShrinkBudget, true>(
+            ex, x_row, w.a, kRank,
+            [&] {
+                expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width);
+                if constexpr (kOpens) open_exchange<kWidth>(ex, tile.rows);
+            },
             first_x);
         __syncthreads();
-        exchange_parts<kWidth>(ex, tile.rows);
-        ptx::start_next();  // not earlier: blocks of the next launch would take room from clusters still to come
-        expand.finish([&](int rank) {
-            const float4 q = exchanged<kWidth>(ex, g, rank);
-            return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
-        });
+        if constexpr (!kOpens) open_exchange<kWidth>(ex, tile.rows);
+        exchange_parts<kWidth>(ex, tile.rows, [&] { expand.take_early(); });
+        const auto scaled = [&](float4 q) { return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale); };
+        if constexpr (kRank > kWidth) {
+            constexpr int kRest = rest_of(kRank);
+            keep_exchanged<kWidth>(ex, tile.rows);
+            shrink_leaves<kRest / 16, kShrinkBudget>(ex, x_row, w.a + kWidth * kARow, kRank - kWidth, [] {});
+            __syncthreads();
+            open_exchange<kRest>(ex, tile.rows);
+            exchange_parts<kRest>(ex, tile.rows);
+            ptx::start_next();
+            expand.template take<0>(
+                [&](int rank) { return scaled(*reinterpret_cast<const float4*>(ex.kept + g * kWidth + rank)); });
+            expand.template take<kWidth>([&](int rank) { return scaled(exchanged<kRest>(ex, g, rank - kWidth)); });
+        } else {
+            ptx::start_next();  // not earlier: blocks of the next launch would take room from clusters still to come
+            expand.template take<0>([&](int rank) { return scaled(exchanged<kWidth>(ex, g, rank)); });
+        }
+        expand.finish();
     } else {
         const int rank = kRank ? kRank : w.rank;
         shrink_chunks<kRank ? chunk_of(kRank) : kAnyChunk, kRank ? kShrinkBudget : kAnyBudget>(ex, x_row, w.a, rank,
@@ -48,6 +71,11 @@ using Rows = RingTile;
 using Rows = Tile;
 #endif
 
+constexpr int kStartBarriers = kExchangeBarriers + (TILE_ROWS > 8 ? 2 : 0);
+#if TILE_ROWS > 8
+constexpr int kOrderAt = 128 + kTableBytes, kReceivedAt = kOrderAt + kOrderBytes;
+#endif
+
 // What a block works with; all but a few bits of it are addresses.
 struct Block {
     Exchange ex;
@@ -58,21 +86,22 @@ struct Block {
 };
 
 CUPY_LORA_DEVICE Block block_at(unsigned char* shared, u32 state) {
-    const ExchangeState exchange{state & 3, (state & 4) != 0};
+    const ExchangeState exchange{state & 3, state >> 3 & 1, (state & 4) != 0};
 #if TILE_ROWS > 8
-    unsigned char* const received = shared + 128 + kTableBytes;
+    unsigned char* const received = shared + kReceivedAt;
     unsigned char* const remote = received + kReceivedBytes;
     unsigned char* const local = remote + kRingRemoteBytes;
-    return Block{exchange_at(shared, received, local, exchange), ring_at(shared + 16, remote, state >> 3), local};
+    return Block{exchange_at(shared, received, local, exchange),
+                 ring_at(shared + 8 * kExchangeBarriers, remote, state >> 4), local};
 #else
     return Block{exchange_at(shared, exchange)};
 #endif
 }
 
 CUPY_LORA_DEVICE u32 state_of(const Block& block) {
-    u32 state = (block.ex.uses & 3) | (block.ex.joined ? 4u : 0u);
+    u32 state = (block.ex.uses & 3) | (block.ex.joined ? 4u : 0u) | (block.ex.hops & 1) << 3;
 #if TILE_ROWS > 8
-    state |= (block.ring.uses & 1) << 3;
+    state |= (block.ring.uses & 1) << 4;
 #endif
     return state;
 }
@@ -125,6 +154,9 @@ CUPY_LORA_DEVICE_CALL u32 tile_call(u32 state, const In* x, Out* y, u32 x_stride
     return state_of(block);
 }
 
+// A launch of so few blocks leaves room for the next one's, at 8 warps a multiprocessor, from its start on.
+constexpr u32 kFewBlocks = 128 * 8 / kWarps / 2;
+
 // One coded rank is the kernel itself; every other body is called.
 constexpr bool kOneBody = kRankCount == 1;
 
@@ -155,12 +187,81 @@ CUPY_LORA_DEVICE void tile_of_rank(int rank, Block& block, const Args&... args) 
     }
 }
 
+// What tells a block its tiles.
+struct Work {
+    const Record* table;  // of this slice; a slot's is kSlices further than the one before's
+    const i32* tiles;     // head (slot, rows) and, 8 ints further, the rows of each
+    const i32* count;
+    i32 slots, records;  // `records`: of `tiles`, whatever the count; there may be more
+
+    static constexpr int kStride = 8 + kTileRows;
+    CUPY_LORA_DEVICE const i32* tile(int at) const { return tiles + static_cast<i64>(at) * kStride; }
+
+    // A record past the count may hold any slot.
+    CUPY_LORA_DEVICE bool has(int slot) const { return slot >= 0 && slot < slots; }
+
+    // Of a slot that is there; nothing waits for it before it is used.
+    CUPY_LORA_DEVICE Record weights(int slot) const {
+        return load_record(table + static_cast<i64>(has(slot) ? slot : 0) * kSlices);
+    }
+};
+
+#if SPLIT
+// All of this block's tiles where clusters split (lora_order.cuh).
+CUPY_LORA_DEVICE void work_in_order(Block& block, const Layer& layer, const Work& work, Out* y) {
+    unsigned char* const order = block_shared() + kOrderAt;
+    Chosen* const chosen = reinterpret_cast<Chosen*>(order);
+    i32* const counts = reinterpret_cast<i32*>(order + sizeof(Chosen));
+    const int thread = static_cast<int>(threadIdx.x);
+    // This thread's tile, with all that its blocks will ask for if it has one row: what is loaded for the order of the
+    // tiles is not loaded again behind it.
+    int2 head = make_int2(-1, 0);
+    int row = 0;
+    const auto load = [&](int at) {
+        head = ptx::load_int2(work.tile(at));
+        row = ptx::load_int(work.tile(at) + 8);
+    };
+    const int beside = work.records < kSorted ? work.records : kSorted;
+    if (thread < beside) load(thread);  // beside the count, not after it
+    const int count = ptx::load_int(work.count);
+#pragma unroll 1
+    for (int start = 0; start < count; start += kSorted) {
+        if (start > 0) {
+            __syncthreads();
+            if constexpr (kCluster > 1) {
+                if (!block.ex.joined) ptx::cluster_wait();
+                block.ex.joined = true;
+                ptx::cluster_arrive_relaxed();
+                ptx::cluster_wait();
+            }
+        }
+        if (start + thread < count && start + thread >= beside) load(start + thread);
+        const Record own = work.weights(head.x);
+        Place mine;
+        const int positions = place_tile(mine, counts, start + thread < count && work.has(head.x) ? own.rank : 0);
+#pragma unroll 1
+        for (int round = 0; round * static_cast<int>(gridDim.x) < positions; ++round) {
+            const int at = position_in(round);
+            if (mine.first <= at && at < mine.last) *chosen = Chosen{start + thread, head.y, row, 0, own};
+            __syncthreads();
+            if (at >= positions) continue;
+            const Chosen next = *chosen;
+            const int listed = next.rows > 1 ? ptx::load_int(work.tile(next.tile) + 8 + thread % kTileRows) : next.row;
+            fill_table(table_of(block_shared()), listed, next.row, next.rows, layer.tokens);
+            __syncthreads();
+            tile_of_rank(next.weights.rank, block, layer, Rows{next.rows, table_of(block_shared())}, next.weights, y,
+                         static_cast<const In*>(nullptr), static_cast<const FirstX*>(nullptr));
+        }
+    }
+}
+#endif
+
 extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     add_lora(const In* __restrict__ x, Out* y, const Record* __restrict__ table, const i32* __restrict__ tiles,
-             const i32* __restrict__ tile_count, i32 tokens, i32 slots, u32 x_stride, u32 y_stride, float scale) {
+             const i32* __restrict__ tile_count, i32 tokens, i32 slots, i32 records, u32 x_stride, u32 y_stride,
+             float scale) {
     ptx::begin_launch(false);
     unsigned char* const shared = block_shared();
-    constexpr int kStride = 8 + kTileRows;
     const int slice = static_cast<int>(blockIdx.y);
     int width = kWidths[0];
     i64 offset = 0;
@@ -169,11 +270,17 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         if (slice >= s) offset += kWidths[s - 1], width = kWidths[s];
     }
     const Layer layer{x, y, x_stride, y_stride, tokens, scale, width};
+    const Work work{table + slice, tiles, tile_count, slots, records};
+#if SPLIT
+    start_barriers(shared, kStartBarriers);
+    Block block = block_at(shared, kCluster == 1 ? 4 : 0);
+    if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
+    work_in_order(block, layer, work, y + offset);
+#else
     int at = static_cast<int>(blockIdx.x) / kCluster;
     const int step = static_cast<int>(gridDim.x) / kCluster;
-    // The first record is read beside the count, not after it: the grid is within the capacity. A record past the
-    // count may hold anything, so its slot is checked before it is followed.
-    const i32* record = tiles + static_cast<i64>(at) * kStride;
+    // The first record is read beside the count, not after it: the grid is within the capacity.
+    const i32* record = work.tile(at);
     int2 head = ptx::load_int2(record);
     constexpr int kListed = TILE_ROWS > 8 ? kTileRows : 8;
     int listed = ptx::load_int(record + 8 + threadIdx.x % kListed);
@@ -181,14 +288,9 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     int safe = ptx::load_int(record + 8);
 #endif
     const int count = ptx::load_int(tile_count);
-    const auto weights_of = [&](int slot) {
-        const bool there = slot >= 0 && slot < slots;
-        Record w = load_record(table + static_cast<i64>(there ? slot : 0) * kSlices + slice);
-        if (!there) w.rank = 0;
-        return w;
-    };
-    Record w = weights_of(head.x);
-    start_barriers(shared, TILE_ROWS > 8 ? 4 : 2);
+    Record w = work.weights(head.x);
+    if (gridDim.x * gridDim.y <= kFewBlocks) ptx::start_next();
+    start_barriers(shared, kStartBarriers);
     Block block = block_at(shared, kCluster == 1 ? 4 : 0);
     if (at >= count) return;
     if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
@@ -206,19 +308,20 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
             first_x.request(x_row);
         }
 #endif
-        if (w.rank > 0) tile_of_rank(w.rank, block, layer, tile, w, y + offset, x_row, &first_x);
+        if (work.has(head.x) && w.rank > 0) tile_of_rank(w.rank, block, layer, tile, w, y + offset, x_row, &first_x);
         at += step;
         if (at >= count) break;
-        record = tiles + static_cast<i64>(at) * kStride;
+        record = work.tile(at);
         head = ptx::load_int2(record);
         listed = ptx::load_int(record + 8 + threadIdx.x % kListed);
-        w = weights_of(head.x);
+        w = work.weights(head.x);
 #if TILE_ROWS > 8
         safe = ptx::load_int(record + 8);
 #else
         __syncthreads();  // the next tile's parts overwrite this one's
 #endif
     }
+#endif
     if constexpr (kCluster > 1) {
         if (!block.ex.joined) ptx::cluster_wait();
     }

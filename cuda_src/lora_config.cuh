@@ -8,6 +8,7 @@
 //                          takes the path with run-time loops (ANY_RANK=1) or cannot occur (ANY_RANK=0)
 //   PHASE                  0 fused, 1 shrink only, 2 expand only
 //   CLUSTER, WARPS         blocks that share a tile, warps per block
+//   SPLIT                  1: tiles of lighter ranks take a part of a cluster each, the heaviest first (ring form)
 //   STAGES                 slots of the ring, or units of B and y that a warp has in flight
 //   MIN_BLOCKS             blocks that must fit a multiprocessor, by their registers
 //   TILE_ROWS              rows of a tile
@@ -30,6 +31,7 @@ constexpr int kRankCount = sizeof(kRanks) / sizeof(int);
 constexpr bool kAnyRank = ANY_RANK;
 constexpr int kCluster = CLUSTER;
 constexpr int kWarps = WARPS;
+constexpr bool kSplit = SPLIT;
 constexpr int kTileRows = TILE_ROWS;
 constexpr bool kXVectors = X_VECTORS, kAVectors = A_VECTORS, kBVectors = B_VECTORS, kYVectors = Y_VECTORS;
 constexpr bool kTransposed = TRANSPOSED;

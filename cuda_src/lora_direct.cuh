@@ -10,10 +10,10 @@
 // B and y, where the rank and the alignment allow it, to shared memory: in registers they would cost the block
 // its occupancy, and the assembler moves such loads behind the products (10.0 instead of 7 us at 64 adapters).
 //
-// Shared memory (bytes): 128 for two mbarriers | received: float [2][kCluster][8][kChunk] (clusters) |
-// parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] | v: float [8][kMaxRank + 4] (ranks that are
-// not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are). `direct_shared_bytes` in
-// cupy_lora/_lora_plan.py is the same sum.
+// Shared memory (bytes): 128 for mbarriers | received: float [2][kHalf] of lora_exchange.cuh (clusters) |
+// parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] (twice for staged ranks above 64) | v: float
+// [8][kMaxRank + 4] (ranks that are not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are).
+// `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: kCluster * kWarps <= 64, both powers of two.
 #pragma once
@@ -34,7 +34,7 @@ struct FirstX {
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
                 const int at = column + 32 * i;
-                step[i] = load_columns<true>(x_row + at, Leaf<kIn>::kExact ? 8 : kIn - at);
+                step[i] = load_columns<true, Leaf<kIn>::kExact>(x_row + at, Leaf<kIn>::kExact ? 8 : kIn - at);
             }
         }
     }
@@ -43,10 +43,10 @@ struct FirstX {
 // This warp's leaves of x times kBlocks * 16 rows of A, into `parts`. `ranks`: rows of A that exist.
 // Leaves are taken in batches whose loads are in flight together, kBudget registers of them; what does not
 // fit in one batch is a run-time loop, which keeps the compiler from holding more.
-// `then` is called once the first batch is requested: what is needed later is requested behind it. The sums start
-// from a zero that is read from shared memory after that, because the assembler would otherwise put the first
+// `then` is called once the first batch is requested: what is needed later is requested behind it (kRequests). The sums
+// start from a zero that is read from shared memory after that, because the assembler would otherwise put the first
 // products, and their wait for x and A, ahead of copies that nothing seems to need.
-template <int kBlocks, int kBudget, class Then>
+template <int kBlocks, int kBudget, bool kRequests = false, class Then>
 CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const Half* a, int ranks, const Then& then,
                                     const FirstX* first_x = nullptr) {
     constexpr int kWidth = 16 * kBlocks;
@@ -58,6 +58,8 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
     constexpr int kBatch = floor_power(kFit / kSteps < kMine ? kFit / kSteps : kMine);  // leaves; 0: part of one
     constexpr int kLeavesAt = kBatch > 0 ? kBatch : 1,
                   kStepsAt = kBatch > 0 ? kSteps : ceil_div(kSteps, ceil_div(kSteps, kFit > 0 ? kFit : 1));
+    // Not where predicates or further batches take the registers that the loads in flight would hold.
+    constexpr bool kStays = kRequests && Leaf<kIn>::kExact && kBatch == kMine;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_column = ((blockIdx.x % kCluster) * kWarps + warp) * kMine * Leaf<kIn>::kColumns + 8 * t;
     const Half* x_at = x_row + first_column;
@@ -65,14 +67,14 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
     int left = kIn - first_column;  // columns from here on
     const auto load = [&](int step, uint4& x, uint4(&rows)[kBlocks][2], bool has_x) {
         const int column = 32 * step, valid = Leaf<kIn>::kExact ? 8 : left - column;
-        if (!has_x) x = load_columns<kXVectors>(x_at + column, valid);
+        if (!has_x) x = load_columns<kXVectors, kStays>(x_at + column, valid);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int rank = 16 * b + 8 * h;  // plus g
-                rows[b][h] = load_columns<kAVectors>(a_at + rank * kARow + column * kAColumn,
-                                                     rank + g < ranks ? valid : 0, kAColumn);
+                rows[b][h] = load_columns<kAVectors, kStays>(a_at + rank * kARow + column * kAColumn,
+                                                             rank + g < ranks ? valid : 0, kAColumn);
             }
         }
     };
@@ -95,6 +97,7 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
                 load(i, xs[i][0], as[i], has_x);
             }
             if (batch == 0) {
+                if constexpr (kStays) __syncwarp();  // which they stay ahead of
                 then();
                 zero = *zero_at;
             }
@@ -147,6 +150,7 @@ CUPY_LORA_DEVICE void shrink_chunks(Exchange& ex, const Half* x_row, const Half*
     for (int first = 0; first < rank; first += kWidth) {
         shrink_leaves<kWidth / 16, kBudget>(ex, x_row, a + static_cast<i64>(first) * kARow, rank - first, [] {});
         __syncthreads();
+        open_exchange<kWidth>(ex, rows);
         exchange_parts<kWidth>(ex, rows);
 #pragma unroll 1
         for (int quad = threadIdx.x; quad < rows * (kWidth / 4); quad += kThreads) {

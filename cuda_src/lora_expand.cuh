@@ -89,17 +89,25 @@ constexpr bool kStaged =
     slot_rank(kRank) && kXVectors && kAVectors && kBVectors && kYVectors && !kTransposed && sizeof(Out) == 2;
 
 // This warp's columns of a slice, B and y staged by the warp for itself in kAhead slots of shared memory:
-// `request` asks for the first of them, which does not take v; `finish` multiplies.
+// `request` asks for the first of them, which does not take v; `take_early` moves the first units of few on to
+// registers, while v is on its way, and asks for the units that have their slots next; `take` makes v's operand;
+// `finish` multiplies.
 template <int kRank>
 struct ExpandStaged {
     // Narrow units where a wide rank meets the sums of a whole tile, or other bodies in the kernel: registers.
-    static constexpr bool kNarrow = kRank >= 32 && (kCluster == 1 || kRankCount > 1);
+    static constexpr bool kNarrow = kRank > 64 || (kRank > 16 && (kCluster == 1 || kRankCount > 1));
     static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
                          kUnit = 16 * kPairs;
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
     static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
     static constexpr int kAhead = kMine < STAGES ? kMine : STAGES;
     using S = Slot<kRank, kPairs, kUnit, 8>;
+    static constexpr int kInRun = S::kRun > 4 ? 2 : 1, kOperands = S::kGroups * kInRun;  // of four ranks a lane
+    // Units that go to registers while v is on its way: where it is waited for, and leaves room for them.
+    static constexpr int kFew = kMine > 4 ? 0 : kMine == 2 && kAhead == 2 && kWhole ? 2 : 1;
+    static constexpr bool kRoom = kRank == 64 && kMine == 1 && sizeof(ColumnsOfB<Half>) == 16;
+    static constexpr int kEarly = kCluster == 1 ? 0 : kRank <= 16 ? kFew : kRoom ? 1 : 0;
+    static constexpr int kTaken = kEarly > 0 ? kEarly : 1;
     static_assert(S::kBytes <= kStageBytes, "the slots are laid out for the widest rank");
 
     unsigned char* slots;
@@ -110,6 +118,10 @@ struct ExpandStaged {
     int first;  // its column where this warp's unit 0 starts
     int rows;
     bool writes[2];  // tokens 2t and 2t + 1
+    typename S::Place place;
+    typename S::V v;
+    typename S::Sum early_sum[kTaken];
+    ColumnsOfB<Half> early_b[kTaken][kOperands][kPairs];
 
     CUPY_LORA_DEVICE void request_unit(int unit) {
         const int lane = threadIdx.x % 32, column = first + unit * kDeal * kUnit;
@@ -117,11 +129,10 @@ struct ExpandStaged {
         if (unit < kMine) {
             constexpr int kBChunks = kUnit * kRank / 8;
 #pragma unroll
-            for (int j = 0; j < kBChunks / 32; ++j) {
-                const int item = lane + 32 * j, row = item / (kRank / 8);
-                if (kWhole || column + row < width) {
-                    ptx::copy_async_16(slot + S::b_byte(row, item % (kRank / 8)),
-                                       b_from + unit * kDeal * kUnit * kRank + 256 * j);
+            for (int j = 0; j < ceil_div(kBChunks, 32); ++j) {
+                const int item = lane + 32 * j;
+                if ((kBChunks % 32 == 0 || item < kBChunks) && (kWhole || b_left(item, width - column, kRank) > 0)) {
+                    ptx::copy_async_16(slot + S::b_byte(item), b_from + unit * kDeal * kUnit * kRank + 256 * j);
                 }
             }
 #pragma unroll
@@ -156,27 +167,85 @@ struct ExpandStaged {
         for (int unit = 0; unit < kAhead; ++unit) request_unit(unit);
     }
 
-    template <class VQuad>
-    CUPY_LORA_DEVICE void finish(const VQuad& v_quad) {
-        const int g = threadIdx.x % 32 / 4;
-        typename S::V v;
-        S::split(v, v_quad);
-        const typename S::Place place = S::place(g * 2 * kPairs, 0);
-#pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
-        for (int unit = 0; unit < kMine; ++unit) {
-            if (!kWhole && first + unit * kDeal * kUnit >= width) break;
-            ptx::copy_async_wait<kAhead - 1>();
-            __syncwarp();
-            typename S::Y y[2];
-            S::multiply(y, slots + unit % kAhead * kStageBytes, place, v);
-            const int shift = unit * kDeal * kUnit;
-            const bool inside = kWhole || first + g * 2 * kPairs + shift < width;
+    // Waits for this warp's copies of `unit`.
+    CUPY_LORA_DEVICE const unsigned char* arrived(int unit) const {
+        ptx::copy_async_wait<kAhead - 1>();
+        __syncwarp();
+        return slots + unit % kAhead * kStageBytes;
+    }
+
+    // The slot of `unit` has been read by this thread: its next unit overwrites it.
+    CUPY_LORA_DEVICE void pass_on(int unit) {
+        __syncwarp();
+        request_unit(unit + kAhead);
+    }
+
+    static CUPY_LORA_DEVICE typename S::Place my_place() { return S::place(threadIdx.x % 32 / 4 * 2 * kPairs, 0); }
+
+    CUPY_LORA_DEVICE void take_early() {
+        if constexpr (kEarly > 0) {
+            place = my_place();
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                if (writes[h] && inside) y[h].store(y_to[h] + shift, 8);
+            for (int unit = 0; unit < kEarly; ++unit) {
+                const unsigned char* const slot = arrived(unit);
+                typename S::Y y[2];
+                S::read_y(y, slot, place);
+                S::start(early_sum[unit], y);
+#pragma unroll
+                for (int at = 0; at < kOperands; at += kInRun) {
+                    typename S::B b;
+                    S::read_b(b, slot, place, at / kInRun);
+#pragma unroll
+                    for (int s = 0; s < kInRun; ++s) {
+#pragma unroll
+                        for (int i = 0; i < kPairs; ++i)
+                            early_b[unit][at + s][i] = columns_of_b<S::kRun, Half>(b[i], s);
+                    }
+                }
+                pass_on(unit);
             }
-            __syncwarp();  // the slot's next unit overwrites it
-            request_unit(unit + kAhead);
+        }
+    }
+
+    // This lane's v of the ranks from kFrom on that one exchange takes, from v_quad(rank).
+    template <int kFrom, class VQuad>
+    CUPY_LORA_DEVICE void take(const VQuad& v_quad) {
+        constexpr int kEach = 4 * S::kRun, kLeft = S::kGroups - kFrom / kEach;
+        S::template split<kFrom / kEach, kFrom / kEach + (kLeft * kEach > 64 ? 64 / kEach : kLeft)>(v, v_quad);
+    }
+
+    CUPY_LORA_DEVICE void finish() {
+        if constexpr (kEarly == 0) place = my_place();
+#pragma unroll
+        for (int unit = 0; unit < kEarly; ++unit) {
+#pragma unroll
+            for (int at = 0; at < kOperands; ++at) {
+#pragma unroll
+                for (int i = 0; i < kPairs; ++i) {
+                    expand_step(early_sum[unit][i], early_b[unit][at][i], v[at / kInRun][at % kInRun]);
+                }
+            }
+            typename S::Y y[2];
+            S::round(y, early_sum[unit]);
+            store(y, unit);
+        }
+#pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
+        for (int unit = kEarly; unit < kMine; ++unit) {
+            if (!kWhole && first + unit * kDeal * kUnit >= width) break;
+            const unsigned char* const slot = arrived(unit);
+            typename S::Y y[2];
+            S::multiply(y, slot, place, v);
+            store(y, unit);
+            pass_on(unit);
+        }
+    }
+
+    CUPY_LORA_DEVICE void store(const typename S::Y (&y)[2], int unit) const {
+        const int g = threadIdx.x % 32 / 4, shift = unit * kDeal * kUnit;
+        const bool inside = kWhole || first + g * 2 * kPairs + shift < width;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if (writes[h] && inside) y[h].store(y_to[h] + shift, 8);
         }
     }
 };

@@ -35,7 +35,8 @@ CUPY_LORA_DEVICE void shrink_tile(Exchange& ex, const Tile& tile, const In* x, i
                                   i64 out_stride, float scale) {
     constexpr int kWidth = chunk_of(kRank);
     const int g = threadIdx.x % 32 / 4, first = static_cast<int>(blockIdx.y) * kWidth;
-    shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x + tile.row(g) * x_stride, a + first * kARow, kRank - first, [] {});
+    shrink_leaves<kWidth / 16, kShrinkBudget>(ex, x + tile.row(g) * x_stride, a + first * kARow, kRank - first,
+                                              [&] { open_exchange<kWidth>(ex, tile.rows); });
     __syncthreads();
     exchange_parts<kWidth>(ex, tile.rows);
     const int block = static_cast<int>(blockIdx.x) % kCluster;
@@ -74,10 +75,14 @@ CUPY_LORA_DEVICE void expand_tile(const Tile& tile, const In* v, i64 v_stride, c
     if constexpr (kStaged<kOf>) {
         ExpandStaged<kOf> expand;
         expand.request(stages, tile, out, out_stride, b, kWidest);
-        expand.finish([&](int at) {
+        expand.take_early();
+        const auto v_quad = [&](int at) {
             return make_float4(at < kRank ? v_of(at) : 0.f, at + 1 < kRank ? v_of(at + 1) : 0.f,
                                at + 2 < kRank ? v_of(at + 2) : 0.f, at + 3 < kRank ? v_of(at + 3) : 0.f);
-        });
+        };
+        expand.template take<0>(v_quad);
+        if constexpr (kOf > 64) expand.template take<64>(v_quad);
+        expand.finish();
     } else {
         expand_any<kRank>(tile, out, out_stride, b, kRank, kWidest, v_of);
     }

@@ -6,8 +6,7 @@
 // Order of the sums, fixed for the library:
 // - K is cut into 64 leaves of 32 * ceil(K / 2048) columns; a leaf is summed by consecutive k16 tensor
 //   core products, the leaves by a binary tree of float32 additions. Leaves past K are zeros.
-// - y's accumulators start from y and take the rank in k16 blocks, each as the terms of the split v,
-//   smallest first.
+// - y's accumulators start from y and take the rank in k16 blocks, each as the split v's terms, smallest first.
 // Hence a row's bits depend on the row, its adapter and the layer's shape: not on the number of
 // blocks or warps that shared the work, the tile it was in, or which kernel computed it.
 //
@@ -103,6 +102,7 @@ struct Tree {
 struct Rows16 {
     u32 word[4];
 
+    Rows16() = default;
     CUPY_LORA_DEVICE Rows16(u32 even_low, u32 odd_low, u32 even_high, u32 odd_high) {
         const u32 zero = threadIdx.z;
         word[0] = even_low | zero, word[1] = odd_low | zero, word[2] = even_high | zero, word[3] = odd_high | zero;
@@ -166,28 +166,47 @@ struct SplitV<f16> {
     }
 };
 
-// One k16 block of the expand, B as the 16-row operand: 16 columns of y (two rows of B: `even` is row g, `odd`
-// row g + 8, each the lane's four ranks) by 8 tokens.
-CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&even)[2], const u32 (&odd)[2], const SplitV<bf16>& v) {
-    const Rows16 b(even[0], odd[0], even[1], odd[1]);
+// B as the 16-row operand of a k16 block of the expand: 16 columns of y (two rows of B: `even` is row g, `odd` row
+// g + 8, each the lane's four ranks). expand_step: its products with 8 tokens.
+template <class T>
+struct ColumnsOfB;
+
+template <>
+struct ColumnsOfB<bf16> {
+    Rows16 rows;
+
+    CUPY_LORA_DEVICE void set(const u32 (&even)[2], const u32 (&odd)[2]) {
+        rows = Rows16(even[0], odd[0], even[1], odd[1]);
+    }
+};
+
+template <>
+struct ColumnsOfB<f16> {
+    float a[2][4];
+
+    CUPY_LORA_DEVICE void set(const u32 (&even)[2], const u32 (&odd)[2]) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            unpack2(even[pair], a[pair][0], a[pair][2], f16{});
+            unpack2(odd[pair], a[pair][1], a[pair][3], f16{});
+        }
+    }
+};
+
+CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const ColumnsOfB<bf16>& b, const SplitV<bf16>& v) {
 #pragma unroll
     for (int z = 2; z >= 0; --z) {
-        ptx::mma_m16n8k16(sum, b.word[0], b.word[1], b.word[2], b.word[3], v.term[z][0], v.term[z][1], bf16{});
+        const u32(&w)[4] = b.rows.word;
+        ptx::mma_m16n8k16(sum, w[0], w[1], w[2], w[3], v.term[z][0], v.term[z][1], bf16{});
     }
 }
 
-CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&even)[2], const u32 (&odd)[2], const SplitV<f16>& v) {
-    float a[2][4];
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-        unpack2(even[pair], a[pair][0], a[pair][2], f16{});
-        unpack2(odd[pair], a[pair][1], a[pair][3], f16{});
-    }
+CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const ColumnsOfB<f16>& b, const SplitV<f16>& v) {
 #pragma unroll
     for (int z = 1; z >= 0; --z) {
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-            ptx::mma_m16n8k8_tf32(sum, a[pair][0], a[pair][1], a[pair][2], a[pair][3], v.term[z][2 * pair],
+            ptx::mma_m16n8k8_tf32(sum, b.a[pair][0], b.a[pair][1], b.a[pair][2], b.a[pair][3], v.term[z][2 * pair],
                                   v.term[z][2 * pair + 1]);
         }
     }
@@ -217,6 +236,16 @@ CUPY_LORA_DEVICE void expand_step(float (&sum)[4], const u32 (&b)[2], const Spli
     }
 }
 
+// Four ranks of a lane (the s-th of its kRun) from its loads of B, for 16 columns of y.
+template <int kRun, class T>
+CUPY_LORA_DEVICE ColumnsOfB<T> columns_of_b(const u32 (&b)[2][kRun / 2], int s) {
+    u32 even[2] = {b[0][2 * s], 0}, odd[2] = {b[1][2 * s], 0};
+    if constexpr (kRun > 2) even[1] = b[0][2 * s + 1], odd[1] = b[1][2 * s + 1];
+    ColumnsOfB<T> columns;
+    columns.set(even, odd);
+    return columns;
+}
+
 // The ranks of one load of B, 4 * kRun of them, for 16 * kPairs columns of y.
 template <int kRun, int kPairs, class T>
 CUPY_LORA_DEVICE void expand_group(float (&sum)[kPairs][4], const u32 (&b)[kPairs][2][kRun / 2],
@@ -224,11 +253,7 @@ CUPY_LORA_DEVICE void expand_group(float (&sum)[kPairs][4], const u32 (&b)[kPair
 #pragma unroll
     for (int s = 0; s < (kRun > 4 ? 2 : 1); ++s) {
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            u32 even[2] = {b[i][0][2 * s], 0}, odd[2] = {b[i][1][2 * s], 0};
-            if constexpr (kRun > 2) even[1] = b[i][0][2 * s + 1], odd[1] = b[i][1][2 * s + 1];
-            expand_step(sum[i], even, odd, v[s]);
-        }
+        for (int i = 0; i < kPairs; ++i) expand_step(sum[i], columns_of_b<kRun, T>(b[i], s), v[s]);
     }
 }
 
@@ -282,12 +307,19 @@ CUPY_LORA_DEVICE void load_run(u32 (&words)[kRun / 2], const T* p, int valid, i6
     }
 }
 
-// 8 columns of a row of x or A.
-template <bool kVectors, class T>
+// 8 columns of a row of x or A. kStays: by a strong load, which stays where it stands; the assembler moves a weak one
+// to where it is needed, behind the wait for another load or behind copies that are needed later.
+template <bool kVectors, bool kStays = false, class T>
 CUPY_LORA_DEVICE uint4 load_columns(const T* p, int valid, i64 stride = 1) {
-    u32 w[4];
-    load_run<8, kVectors ? 8 : 1>(w, p, valid, stride);
-    return make_uint4(w[0], w[1], w[2], w[3]);
+    if constexpr (kVectors && kStays) {
+        float4 w = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (valid >= 8) w = ptx::load_fresh_16(reinterpret_cast<const float*>(p));
+        return make_uint4(__float_as_uint(w.x), __float_as_uint(w.y), __float_as_uint(w.z), __float_as_uint(w.w));
+    } else {
+        u32 w[4];
+        load_run<8, kVectors ? 8 : 1>(w, p, valid, stride);
+        return make_uint4(w[0], w[1], w[2], w[3]);
+    }
 }
 
 // kCount (2, 4 or 8) neighbouring elements of a row of y, raw until they are used. kVectors: moved by the

@@ -1,35 +1,51 @@
 // The ring form: a tile of kTileRows (16 to 64) rows of one adapter, staged through shared memory.
 //
-// A cluster of kCluster blocks works on one (tile, slice), in stages that a ring of STAGES slots keeps in
-// flight; the ring does not drain between the two halves:
+// A cluster of kCluster blocks works on one (tile, slice), or splits into teams that do (lora_order.cuh); in stages
+// that a ring of STAGES slots, more where a rank takes smaller ones, keeps in flight. The ring does not drain between
+// the two halves:
 //   shrink stage   kLeafWarps leaves of the tile's rows of x and of A
 //   expand stage   kColumns columns of the tile's rows of y and of B
-// The 8 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (16 tokens, unit of
+// The 8 or 16 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (16 tokens, unit of
 // 8 * kTiles columns). Between them each block owns a share of v: the blocks send it their parts, it sums
 // them and sends the sum to all (two hops, but v crosses the cluster once instead of kCluster times).
 //
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
 //   B, y  RingSlot of lora_slots.cuh
-// Shared memory of the block: 128 for four mbarriers | 256 for the table of rows | received of the direct form | shares
-// and v (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and
-// v. `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
+// Shared memory of the block: 128 for mbarriers | 256 for the table of rows | 32 a warp for the order of tiles
+// (clusters that split) | received of the direct form | shares and v (clusters) | parts: float [leaf warps *
+// passes][rows][rank + 4] and the slots, or the direct form's parts and v. `ring_shared_bytes` in
+// cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: those of lora_slots.cuh.
 #pragma once
 
 #include "lora_direct.cuh"
+#include "lora_rows.cuh"
+
+// Ranks of v of the widest: whole blocks of 16, those past the rank being zeros.
+constexpr CUPY_LORA_DEVICE int widest_ring_rank() { return chunk_of(widest_staged()); }
+
+// Blocks that share a tile of this rank: the cluster, or of one that splits, what the rank is of the widest.
+constexpr CUPY_LORA_DEVICE int team_of(int rank) {
+    constexpr int kWidestRank = widest_staged() > 0 ? widest_staged() : 1;
+    if (!kSplit || !slot_rank(rank)) return kCluster;
+    const int team = floor_power(kCluster * rank / kWidestRank);
+    return team > 0 ? team : 1;
+}
 
 template <int kRank>
 struct RingShape {
-    static constexpr int kRows16 = kRank < 16 ? 16 : kRank;  // ranks of v, whole blocks of 16
-    static constexpr int kRankWarps = kRank < 64 ? 1 : kTileRows < 64 ? 2 : 4;
+    static constexpr int kRows16 = chunk_of(kRank);
+    static constexpr int kRankWarps = kRank <= 32 ? 1 : kTileRows < 64 ? 2 : 4;
     static constexpr int kBlocks = kRows16 / 16 / kRankWarps;  // of 16 ranks, per warp
     static constexpr int kTokenWarps = kTileRows / 8 * kRankWarps > kWarps ? kWarps / kRankWarps : kTileRows / 8;
     static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp
+    static constexpr int kTeam = team_of(kRank);
     static constexpr int kLeafWarps = kWarps / (kRankWarps * kTokenWarps);
-    static constexpr int kLeavesEach = kLeaves / (kCluster * kLeafWarps);
-    static constexpr int kTiles = kTileRows == 16 && kRank >= 32 ? 2 : 4;  // of 8 columns, per warp and stage
+    static constexpr int kLeavesEach = kLeaves / (kTeam * kLeafWarps);
+    static constexpr int kTiles =
+        kRank > 16 && (kTileRows == 16 || kWarps > 8) ? 2 : 4;  // of 8 columns, per warp and stage
     static constexpr int kTokenTiles = kTileRows / 16;
     static constexpr int kColumns = 8 * kTiles * (kWarps / kTokenTiles);
     static constexpr int kLeafChunks = Leaf<kIn>::kColumns / 8;  // 16-byte chunks of a row of a leaf
@@ -38,11 +54,22 @@ struct RingShape {
     static constexpr int kExpandBytes = Expand::kBytes;
     static constexpr int kSlotBytes = kShrinkBytes > kExpandBytes ? kShrinkBytes : kExpandBytes;
     // A warp with many sums leaves them in shared memory now and then: each level of their tree is as many registers.
-    static constexpr int kPasses = kBlocks * kGroups >= 4 ? 4 : 1;
-    static constexpr int kParts = kLeafWarps * kPasses, kPartBytes = kParts * kTileRows * (kRows16 + 4) * 4;
+    // Where a block of 16 warps leaves few of these, the levels themselves are kept there.
+    static constexpr bool kManySums = kBlocks * kGroups * (kWarps / 8) >= 4, kTreeInShared = kManySums && kWarps > 8;
+    static constexpr int kPasses = kManySums && !kTreeInShared ? 4 : 1;
+    static constexpr int kMost = Leaf<kIn>::kSteps > 4 ? 2 : 4;  // leaves of the inner tree, by registers
+    static constexpr int kUnroll = kLeavesEach / kPasses < kMost ? kLeavesEach / kPasses : kMost;
+    static constexpr int kTurns = kLeavesEach / kPasses / kUnroll;
+    // Places of a leaf warp's sums: its parts of v (kPasses of them), or the levels of its tree, the first of which
+    // gets its part in the end.
+    static constexpr int kPlaces = !kTreeInShared ? kPasses : kMost == 2 ? 5 : 4;
+    static constexpr int kPlaceFloats = kTileRows * (kRows16 + 4);
+    static constexpr int kPartBytes = kLeafWarps * kPlaces * kPlaceFloats * 4;
+    static_assert(!kTreeInShared || kTurns <= 1 << kPlaces, "a level has no place");
     // Stages that one wait and one barrier serve.
     static constexpr int kTogether = STAGES >= 6 && kLeavesEach / kPasses >= 2 ? 2 : 1;
-    static_assert(kWarps == 8 && kTileRows >= 16 && kTileRows <= 64, "the ring is laid out for 8 warps");
+    static_assert((kWarps == 8 || kWarps == 16) && kTileRows >= 16 && kTileRows <= 64,
+                  "the ring is laid out for these");
 };
 
 // Of x and A: `row` counts the rows of all leaves of the slot.
@@ -58,7 +85,7 @@ CUPY_LORA_DEVICE int further(int byte, int step, int chunks) {
 // What remote blocks write, and the barriers that count it: used by ring tiles only.
 struct RingExchange {
     u64* barriers;  // [2]: parts for this block's share of v; the whole v
-    float* shares;  // [kCluster][share]
+    float* shares;  // [team][share]
     float* v;       // [kTileRows][rank]
     u32 uses;
 };
@@ -67,47 +94,33 @@ struct RingExchange {
 template <int kRank>
 CUPY_LORA_DEVICE float4 ring_part(const float* parts, int token, int rank) {
     using S = RingShape<kRank>;
-    return tree_sum<S::kParts>([&](int part) {
-        return *reinterpret_cast<const float4*>(parts + (part * kTileRows + token) * (S::kRows16 + 4) + rank);
+    return tree_sum<S::kLeafWarps * S::kPasses>([&](int part) {
+        const float* const place = parts + part * (S::kPlaces / S::kPasses) * S::kPlaceFloats;
+        return *reinterpret_cast<const float4*>(place + token * (S::kRows16 + 4) + rank);
     });
 }
 
-// The rows of a tile, as Tile of lora_config.cuh has them, in a table of shared memory: a row that is not written
-// stands there as its complement, and is one that is safe to read.
-struct RingTile {
-    int rows;
-    const i32* table;
-
-    CUPY_LORA_DEVICE i64 row(int i) const { return table[i] < 0 ? ~table[i] : table[i]; }
-    CUPY_LORA_DEVICE bool writes(int i) const { return table[i] >= 0; }
-
-    // `count` rows from `first` on, for the direct form.
-    CUPY_LORA_DEVICE Tile eight(int first, int count) const {
-        const int i = threadIdx.x % 8, own = first + i;
-        const u32 written = __ballot_sync(0xffffffffu, i < count && writes(own)) & 0xffu;
-        return Tile{count, static_cast<int>(row(own)), written, 0};
-    }
-};
-
-constexpr int kTableBytes = 256;
-CUPY_LORA_DEVICE i32* table_of(unsigned char* shared) { return reinterpret_cast<i32*>(shared + 128); }
-
-// Fills the table from the list's entries, `listed` being that of this thread (thread % kTileRows) and `safe` the
-// first one. Rows from `tokens` on are not the caller's: a graph may be replayed with another batch.
-CUPY_LORA_DEVICE void fill_table(i32* table, int listed, int safe, int rows, i32 tokens) {
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < kTileRows) {
-        const int chosen = i < rows ? listed : safe;
-        const bool there = chosen < tokens;
-        table[i] = there && i < rows ? chosen : ~(there ? chosen : 0);
+// Of the slots and the parts beside them: room for STAGES of any rank.
+template <int kAt = 0>
+constexpr CUPY_LORA_DEVICE int ring_bytes() {
+    if constexpr (kAt == kRankCount) {
+        return 0;
+    } else if constexpr (!slot_rank(kRanks[kAt])) {
+        return ring_bytes<kAt + 1>();
+    } else {
+        using S = RingShape<kRanks[kAt]>;
+        constexpr int kMine = S::kPartBytes + STAGES * S::kSlotBytes, kRest = ring_bytes<kAt + 1>();
+        return kMine > kRest ? kMine : kRest;
     }
 }
 
-constexpr CUPY_LORA_DEVICE int widest_ring_rank() {
-    int widest = 16;
-    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
-    return widest;
+// Slots of a rank's ring: what is laid out for the widest holds more of a narrow one's, whose bytes in flight are few.
+template <int kRank>
+constexpr CUPY_LORA_DEVICE int ring_stages() {
+    constexpr int kFit = (ring_bytes() - RingShape<kRank>::kPartBytes) / RingShape<kRank>::kSlotBytes;
+    return kFit < 16 ? kFit : 16;
 }
+
 constexpr int kRingRemoteBytes = kCluster > 1 ? 2 * kTileRows * widest_ring_rank() * 4 : 0;
 
 CUPY_LORA_DEVICE RingExchange ring_at(unsigned char* barriers, unsigned char* remote, u32 uses) {
@@ -122,38 +135,26 @@ CUPY_LORA_DEVICE RingExchange ring_at(unsigned char* barriers, unsigned char* re
 template <int kRank>
 CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float* parts, int rows) {
     using S = RingShape<kRank>;
-    constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads, kShare = kAll / kCluster;
+    constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads;
     const u32 parity = rx.uses++ & 1;
-    const int block = static_cast<int>(blockIdx.x % kCluster), thread = static_cast<int>(threadIdx.x);
-    int mine = rows * kQuads - block * kShare;
-    mine = mine < 0 ? 0 : mine > kShare ? kShare : mine;
-    if (thread == 0) {
-        ptx::mbarrier_expect(rx.barriers, static_cast<u32>(mine * 16 * kCluster));
-        ptx::mbarrier_expect(rx.barriers + 1, static_cast<u32>(rows * kQuads * 16));
-    }
+    if (threadIdx.x == 0) expect_shares<kAll, S::kTeam>(rx.barriers, rx.barriers + 1, rows * kQuads);
     if (!ex.joined) {
         ptx::cluster_wait();
         ex.joined = true;
     }
-    const auto send = [](float* to, float4 v, u64* barrier, int peer) {
-        const uint4 bits =
-            make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
-        ptx::store_async_16(ptx::map_shared(to, peer), bits, ptx::map_shared(barrier, peer));
-    };
-    for (int e = thread; e < rows * kQuads; e += kThreads) {
-        send(rx.shares + (block * kShare + e % kShare) * 4, ring_part<kRank>(parts, e / kQuads, e % kQuads * 4),
-             rx.barriers, e / kShare);
+    exchange_shares<kAll, S::kTeam>(
+        rx.barriers, parity, rx.barriers + 1, parity, rx.shares, rx.v, rows * kQuads,
+        [&](int quad) { return ring_part<kRank>(parts, quad / kQuads, quad % kQuads * 4); }, [] {});
+}
+
+// 8 columns of rank `first` + g of A, zeros from kRank on: what lies there is not A.
+template <int kRank>
+CUPY_LORA_DEVICE uint4 row_of_a(const unsigned char* at, int first) {
+    if (first >= kRank) return make_uint4(0, 0, 0, 0);
+    if (first + 8 <= kRank || first + static_cast<int>(threadIdx.x % 32 / 4) < kRank) {
+        return *reinterpret_cast<const uint4*>(at);
     }
-    ptx::mbarrier_wait(rx.barriers, parity);
-    for (int item = thread; item < kShare * kCluster; item += kThreads) {
-        const int e = item % kShare, peer = item / kShare;
-        if (e < mine) {
-            const float4 sum = tree_sum<kCluster>(
-                [&](int from) { return *reinterpret_cast<const float4*>(rx.shares + (from * kShare + e) * 4); });
-            send(rx.v + (block * kShare + e) * 4, sum, rx.barriers + 1, peer);
-        }
-    }
-    ptx::mbarrier_wait(rx.barriers + 1, parity);
+    return make_uint4(0, 0, 0, 0);
 }
 
 template <int kRank>
@@ -163,11 +164,11 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;
     using E = typename S::Expand;
     const int width = width_of(layer.width);
-    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), kCluster);
-    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * kCluster) == 0;
+    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), S::kTeam);
+    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * S::kTeam) == 0;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4,
               t = lane % 4;
-    const int block = static_cast<int>(blockIdx.x % kCluster);
+    const int block = static_cast<int>(blockIdx.x % S::kTeam);
     float* const parts = reinterpret_cast<float*>(local);
     unsigned char* const ring = local + S::kPartBytes;
 
@@ -176,7 +177,10 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     constexpr int kShrinkItems = S::kLeafWarps * kLeafRows * kChunks, kShrinkEach = ceil_div(kShrinkItems, kThreads);
     constexpr bool kRegular =
         kThreads % (2 * kChunks) == 0;  // thread's next chunk: the same one of an even row further
-    const Half* from[kShrinkEach];
+    // A thread's chunks are those of one row in all leaves, where a leaf is one chunk a thread.
+    constexpr bool kOneRow = kThreads == kLeafRows * kChunks;
+    constexpr int kFroms = kOneRow ? 1 : kShrinkEach, kLeafAhead = kOneRow ? S::kLeavesEach * kChunks * 8 : 0;
+    const Half* from[kFroms];
     int to[kRegular ? 1 : kShrinkEach];
     u32 wanted = 0;  // bit j: this thread's chunk j is there
 #pragma unroll
@@ -185,9 +189,11 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         const int column = ((block * S::kLeafWarps + leaf) * S::kLeavesEach * kChunks + item % kChunks) * 8;
         if (j == 0 || !kRegular) to[j] = swizzle_leaf(item / kChunks, item % kChunks, kChunks);
         if (item < kShrinkItems && (row >= kTileRows || row < tile.rows)) wanted |= 1u << j;
-        from[j] = (row < kTileRows ? layer.x + tile.row(row) * layer.x_stride
-                                   : w.a + static_cast<i64>(row - kTileRows) * kIn) +
-                  column;
+        if (j < kFroms) {
+            from[j] = (row < kTileRows ? layer.x + tile.row(row) * layer.x_stride
+                                       : w.a + static_cast<i64>(row - kTileRows) * kIn) +
+                      column;
+        }
     }
     constexpr int kYChunks = S::kColumns / 8, kYEach = kTileRows * kYChunks / kThreads,
                   kBItems = S::kColumns * kRank / 8;
@@ -200,9 +206,10 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         y_from[j] = y + tile.row(y_row + j * kThreads / kYChunks) * layer.y_stride + block * S::kColumns + y_chunk * 8;
     }
     const Half* b_from = w.b + static_cast<i64>(block) * S::kColumns * kRank + thread * 8;
-    const int b_row = thread / (kRank / 8), b_to = E::b_byte(b_row, thread % (kRank / 8));
+    const int b_to = E::b_byte(thread);
 
-    constexpr u32 kRingBytes = STAGES * S::kSlotBytes;
+    constexpr int kStages = ring_stages<kRank>();
+    constexpr u32 kRingBytes = kStages * S::kSlotBytes;
     int stage_in = 0;
     u32 in = 0, out = 0;  // bytes from `ring` to the next slot to fill, and to read
     const auto request = [&] {
@@ -212,22 +219,24 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
             for (int j = 0; j < kShrinkEach; ++j) {
                 if (wanted >> j & 1) {
                     unsigned char* const at = slot_in + (kRegular ? to[0] + j * kThreads * 16 : to[j]);
+                    const Half* const chunk = from[kOneRow ? 0 : j] + j * kLeafAhead;
                     if constexpr (Leaf<kIn>::kExact) {
-                        ptx::copy_async_16(at, from[j]);
+                        ptx::copy_async_16(at, chunk);
                     } else {
                         const int item = thread + j * kThreads, leaf = item / (kLeafRows * kChunks);
                         const int column = ((block * S::kLeafWarps + leaf) * S::kLeavesEach + stage_in) * kChunks * 8;
-                        ptx::copy_async_16(at, from[j], column + item % kChunks * 8 < kIn);
+                        ptx::copy_async_16(at, chunk, column + item % kChunks * 8 < kIn);
                     }
                 }
-                from[j] += kChunks * 8;
             }
+#pragma unroll
+            for (int j = 0; j < kFroms; ++j) from[j] += kChunks * 8;
         } else if (stage_in < S::kLeavesEach + expand_stages) {
-            const int first = ((stage_in - S::kLeavesEach) * kCluster + block) * S::kColumns;  // column of the slice
+            const int first = ((stage_in - S::kLeavesEach) * S::kTeam + block) * S::kColumns;  // column of the slice
 #pragma unroll
             for (int j = 0; j < ceil_div(kBItems, kThreads); ++j) {
                 if ((kBItems % kThreads == 0 || thread + j * kThreads < kBItems) &&
-                    (kWhole || first + b_row + j * kThreads * 8 / kRank < width)) {
+                    (kWhole || b_left(thread + j * kThreads, width - first, kRank) > 0)) {
                     ptx::copy_async_16(slot_in + b_to + j * kThreads * 16, b_from + j * kThreads * 8);
                 }
             }
@@ -236,9 +245,9 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                 if (y_row + j * kThreads / kYChunks < tile.rows && (kWhole || first + y_chunk * 8 < width)) {
                     ptx::copy_async_16(slot_in + y_to + j * kThreads * 16, y_from[j]);
                 }
-                y_from[j] += kCluster * S::kColumns;
+                y_from[j] += S::kTeam * S::kColumns;
             }
-            b_from += kCluster * S::kColumns * kRank;
+            b_from += S::kTeam * S::kColumns * kRank;
         }
         ++stage_in;
         in = in + S::kSlotBytes == kRingBytes ? 0 : in + S::kSlotBytes;
@@ -246,7 +255,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     };
     // The next kTogether stages, once they have landed for all threads; asks for those that take the slots before them.
     const auto take = [&] {
-        ptx::copy_async_wait<STAGES - 2 * S::kTogether>();
+        ptx::copy_async_wait<kStages - 2 * S::kTogether>();
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < S::kTogether; ++i) request();
@@ -257,32 +266,31 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         return slot;
     };
 #pragma unroll 1
-    for (int i = 0; i < STAGES - S::kTogether; ++i) request();
+    for (int i = 0; i < kStages - S::kTogether; ++i) request();
 
     // ---- shrink
     const int rank_warp = warp % S::kRankWarps, token_warp = warp / S::kRankWarps % S::kTokenWarps;
     const int leaf_warp = warp / (S::kRankWarps * S::kTokenWarps);
     {
-        constexpr int kMost = kSteps > 4 ? 2 : 4;  // leaves of the inner tree, by registers
-        constexpr int kUnroll = S::kLeavesEach / S::kPasses < kMost ? S::kLeavesEach / S::kPasses : kMost;
         constexpr int kStepUnroll = kSteps > 4 ? 2 : kSteps;
-        static_assert(kUnroll % S::kTogether == 0, "the stages of a turn are taken together");
+        static_assert(S::kUnroll % S::kTogether == 0, "the stages of a turn are taken together");
         constexpr int kRowBytes = kChunks * 16;
         const int x_at = swizzle_leaf(leaf_warp * kLeafRows + token_warp * S::kGroups * 8 + g, t, kChunks);
         const int a_at = swizzle_leaf(leaf_warp * kLeafRows + kTileRows + rank_warp * S::kBlocks * 16 + g, t, kChunks);
-        constexpr int kTurns = S::kLeavesEach / S::kPasses / kUnroll;
-        float* part = parts +
-                      (leaf_warp * S::kPasses * kTileRows + token_warp * S::kGroups * 8 + 2 * t) * (S::kRows16 + 4) +
-                      rank_warp * S::kBlocks * 16 + g;
+        float* part = parts + leaf_warp * S::kPlaces * S::kPlaceFloats +
+                      (token_warp * S::kGroups * 8 + 2 * t) * (S::kRows16 + 4) + rank_warp * S::kBlocks * 16 + g;
+        const auto offset = [](int b, int m, int e) {
+            return (m * 8 + e % 2) * (S::kRows16 + 4) + b * 16 + 8 * (e / 2);
+        };
 #pragma unroll 1
-        for (int pass = 0; pass < S::kPasses; ++pass, part += kTileRows * (S::kRows16 + 4)) {
-            Tree<kTurns, S::kBlocks, S::kGroups> tree;
+        for (int pass = 0; pass < S::kPasses; ++pass, part += S::kPlaceFloats) {
+            Tree<S::kTreeInShared ? 1 : S::kTurns, S::kBlocks, S::kGroups> tree;
 #pragma unroll 1
-            for (int turn = 0; turn < kTurns; ++turn) {
-                Tree<kUnroll, S::kBlocks, S::kGroups> four;
+            for (int turn = 0; turn < S::kTurns; ++turn) {
+                Tree<S::kUnroll, S::kBlocks, S::kGroups> four;
                 float sum[S::kBlocks][S::kGroups][4];
 #pragma unroll
-                for (int u = 0; u < kUnroll; ++u) {
+                for (int u = 0; u < S::kUnroll; ++u) {
                     if (u % S::kTogether == 0) take();
                     const unsigned char* const slot = next_slot();
                     four.each([&](int b, int m, int e) { sum[b][m][e] = 0.f; });
@@ -297,24 +305,34 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll
                         for (int b = 0; b < S::kBlocks; ++b) {
                             const unsigned char* const at = slot + further(a_at, s, kChunks) + b * 16 * kRowBytes;
-                            const uint4 low = *reinterpret_cast<const uint4*>(at);
-                            uint4 high = make_uint4(0, 0, 0, 0);
-                            if constexpr (kRank >= 16) high = *reinterpret_cast<const uint4*>(at + 8 * kRowBytes);
+                            const int first = kRank == S::kRows16 ? 0 : (rank_warp * S::kBlocks + b) * 16;
+                            const uint4 low = row_of_a<kRank>(at, first),
+                                        high = row_of_a<kRank>(at + 8 * kRowBytes, first + 8);
                             shrink_step<Half>(sum[b], low, high, xs);
                         }
                     }
                     four.push(u, sum);
                 }
                 four.each([&](int b, int m, int e) { sum[b][m][e] = four.total(b, m, e); });
-                tree.push_at(turn, sum);
+                if constexpr (S::kTreeInShared) {
+                    int level = 0;
+                    for (; turn >> level & 1; ++level) {
+                        const float* const pending = part + level * S::kPlaceFloats;
+                        four.each([&](int b, int m, int e) { sum[b][m][e] = pending[offset(b, m, e)] + sum[b][m][e]; });
+                    }
+                    float* const to = part + (turn == S::kTurns - 1 ? 0 : level * S::kPlaceFloats);
+                    four.each([&](int b, int m, int e) { to[offset(b, m, e)] = sum[b][m][e]; });
+                } else {
+                    tree.push_at(turn, sum);
+                }
             }
-            tree.each([&](int b, int m, int e) {
-                part[(m * 8 + e % 2) * (S::kRows16 + 4) + b * 16 + 8 * (e / 2)] = tree.total(b, m, e);
-            });
+            if constexpr (!S::kTreeInShared) {
+                tree.each([&](int b, int m, int e) { part[offset(b, m, e)] = tree.total(b, m, e); });
+            }
         }
     }
     __syncthreads();
-    if constexpr (kCluster > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
+    if constexpr (S::kTeam > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
 
     ptx::start_next();
 
@@ -324,7 +342,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     typename E::V v;
     E::split(v, [&](int h, int rank) {
         float4 q;
-        if constexpr (kCluster > 1) {
+        if constexpr (S::kTeam > 1) {
             q = *reinterpret_cast<const float4*>(rx.v + (token0 + 8 * h) * S::kRows16 + rank);
         } else {
             q = ring_part<kRank>(parts, token0 + 8 * h, rank);
@@ -343,18 +361,19 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll 1
     for (int first = 0; first < expand_stages; first += S::kTogether) {
         take();
-        constexpr int kUnroll = kRank == 64 && sizeof(SplitV<Half>) > 24 ? 1 : S::kTogether;  // by registers
+        constexpr int kUnroll =
+            kRank > 32 && (sizeof(SplitV<Half>) > 24 || kWarps > 8) ? 1 : S::kTogether;  // by registers
 #pragma unroll kUnroll
         for (int i = 0; i < S::kTogether; ++i) {
             const int stage = first + i;
             if (i > 0 && stage >= expand_stages) break;
-            const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < width;
+            const bool inside = kWhole || (stage * S::kTeam + block) * S::kColumns + my_column < width;
             typename E::Y y_pair[2];
             E::multiply(y_pair, next_slot(), place, v);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 if (writes[h] && inside) y_pair[h].store(y_out[h], 8);
-                y_out[h] += kCluster * S::kColumns;
+                y_out[h] += S::kTeam * S::kColumns;
             }
         }
     }

@@ -174,7 +174,7 @@ CUPY_LORA_DEVICE uint2 load_once_8(const void* p) {
 #endif
 }
 
-// 16 bytes that another block of this launch wrote before its fence: from L2, past this multiprocessor's L1.
+// 16 bytes from L2, past this multiprocessor's L1: what another block wrote before its fence. It stays where it stands.
 CUPY_LORA_DEVICE float4 load_fresh_16(const float* p) {
 #ifndef CUPY_LORA_SIMT
     float4 v;

@@ -10,15 +10,26 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32, INT64, Array
 from ._jit import DeviceFacts, Kernel, Launch
-from .dispatch import LoraConfig, choose_halves, choose_lora, ring_slot_bytes, staged_rank
+from .dispatch import (
+    LoraConfig,
+    choose_halves,
+    choose_lora,
+    chunk_of,
+    clusters_at_once,
+    ring_slot_bytes,
+    staged_alone,
+    staged_rank,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .lora_batch import LoraBatch
     from .lora_weights import LoraWeights
 
 _CTYPES: Final = {BFLOAT16: "bf16", FLOAT16: "f16", FLOAT32: "float"}
 _MAX_RANK_SHARED: Final = 1024  # kMaxRank of lora_config.cuh
-_STRAIGHT_RANK: Final = 64  # ranks to here take one exchange
+_HOP_STORES: Final = 400  # kHopStores of lora_exchange.cuh
 _CODED_IN: Final = 8192  # longest x with several of them
 _CODED_RANKS: Final = 4  # ranks with code of their own in one kernel
 _VECTOR: Final = 16  # bytes of the widest access
@@ -30,42 +41,56 @@ _FEW_TOKENS: Final = 2048  # up to here 256 threads read all indices at once
 Defines = tuple[tuple[str, int | str], ...]
 
 
-def chunk_of(rank: int) -> int:
-    """Ranks of one exchange: ``chunk_of`` of lora_config.cuh."""
-    return 16 if rank <= 16 else min(64, math.ceil(rank / 32) * 32)
+def stage_bytes(ranks: Iterable[int]) -> int:
+    """Bytes of one unit of B and y, of those of these ranks that are staged: ``kStageBytes`` of lora_exchange.cuh."""
+    return max(((32 if rank > 64 else 64) * (rank + 8) * 2 for rank in ranks), default=1024)
 
 
-def stage_bytes(ranks: tuple[int, ...]) -> int:
-    """Bytes of one unit of B and y: ``kStageBytes`` of lora_direct.cuh."""
-    return 64 * (max((rank for rank in ranks if staged_rank(rank)), default=0) + 8) * 2
+def _staged(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> list[int]:
+    """Those of a kernel's ranks whose code stages B and y in the direct form."""
+    if len(ranks) == 1:
+        return [rank for rank in ranks if staged_alone(rank, config, in_features)]
+    return [rank for rank in ranks if staged_rank(rank)]
 
 
-def _exchange_bytes(config: LoraConfig, chunk: int) -> tuple[int, int]:
+def _half(cluster: int, chunk: int) -> int:
+    """Floats that other blocks write in an exchange of so many ranks: ``half_of`` of lora_exchange.cuh."""
+    rows = 8 if cluster <= 2 else min(8, 4 * _HOP_STORES // (chunk * (cluster - 2)))
+    return max(cluster * rows, 8 if rows < 8 else 0) * chunk
+
+
+def _exchange_bytes(config: LoraConfig, chunks: tuple[int, ...]) -> tuple[int, int]:
     """Bytes that other blocks of the cluster write, and the block's own, without v and slots."""
-    received = 2 * config.cluster * 8 * chunk * 4 if config.cluster > 1 else 0
+    chunk = max(chunks)
+    received = 2 * 4 * max(_half(config.cluster, of) for of in chunks) if config.cluster > 1 else 0
     return received, config.warps * 8 * (chunk + 4) * 4 + 8 * chunk * 4
 
 
+_ORDER_BYTES: Final = 32  # of a warp: kOrderBytes of lora_order.cuh
 _V_BYTES: Final = 8 * (_MAX_RANK_SHARED + 4) * 4
 
 
-def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], *, holds_v: bool) -> int:
+def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: int, *, holds_v: bool) -> int:
     """Dynamic shared memory of the direct form: the map in lora_direct.cuh."""
-    received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
-    slots = config.warps * config.stages * stage_bytes(ranks)
-    return 128 + received + own + max(slots, _V_BYTES if holds_v else 0)
+    staged = _staged(config, ranks, in_features)
+    rest = [max(32, chunk_of(rank - 64)) for rank in staged if rank > 64]  # of a second exchange
+    chunks = (16, *map(chunk_of, ranks))
+    received, own = _exchange_bytes(config, (*chunks, *rest))
+    kept = 8 * max(chunks) * 4 if rest else 0
+    slots = config.warps * config.stages * stage_bytes(staged)
+    return 128 + received + own + kept + max(slots, _V_BYTES if holds_v else 0)
 
 
 def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> int:
     """Dynamic shared memory of the ring form: the map in lora_ring.cuh."""
     ring = [rank for rank in ranks if staged_rank(rank)]
-    received, own = _exchange_bytes(config, max(16, *map(chunk_of, ranks)))
-    remote = received + (2 * config.rows * max(16, *ring, 0) * 4 if config.cluster > 1 else 0)
+    received, own = _exchange_bytes(config, (16, *map(chunk_of, ranks)))
+    remote = received + (2 * config.rows * chunk_of(max(ring, default=1)) * 4 if config.cluster > 1 else 0)
     local = own + _V_BYTES
     for rank in ring:
-        slot, parts = ring_slot_bytes(config.rows, rank, in_features)
+        slot, parts = ring_slot_bytes(config.rows, rank, in_features, config.warps)
         local = max(local, parts + config.stages * slot)
-    return 128 + 256 + remote + local
+    return 128 + 256 + (_ORDER_BYTES * config.warps if config.split else 0) + remote + local
 
 
 def _vectors(array: Array, columns: int) -> int:
@@ -86,6 +111,7 @@ def _defines(config: LoraConfig, **values: int | str) -> Defines:
         "TILE_ROWS": config.rows,
         "STAGES": max(1, config.stages),
         "MIN_BLOCKS": config.min_blocks,
+        "SPLIT": int(config.split),
         **values,
     }
     return tuple(sorted(values.items()))
@@ -95,7 +121,7 @@ def coded_ranks(
     ranks: frozenset[int], config: LoraConfig, in_features: int, widths: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The ranks that get code of their own: those that are staged first, the largest of them."""
-    order = sorted(ranks, key=lambda rank: (not staged_rank(rank), rank > _STRAIGHT_RANK, rank % 8 != 0, -rank))
+    order = sorted(ranks, key=lambda rank: (not staged_rank(rank), rank > chunk_of(rank), rank % 8 != 0, -rank))
     # Several bodies in one kernel spill registers where a block has a whole tile, long leaves or several widths.
     shared = config.cluster > 1 or config.form == "ring"
     most = _CODED_RANKS if shared and in_features <= _CODED_IN and len(set(widths)) == 1 else 1
@@ -134,10 +160,12 @@ def _half_defines(
 
 
 def _half_kernel(source: str, symbol: str, phase: int, config: LoraConfig, rank: int, defines: Defines) -> Kernel:
+    in_features = int(dict(defines)["IN"])
     if phase == 1:
-        shared = direct_shared_bytes(replace(config, stages=0), (rank,), holds_v=False)
+        shared = direct_shared_bytes(replace(config, stages=0), (rank,), in_features, holds_v=False)
     else:
-        shared = config.warps * config.stages * stage_bytes((rank,)) if staged_rank(rank) else 0
+        staged = _staged(config, (rank,), in_features)
+        shared = config.warps * config.stages * stage_bytes(staged) if staged else 0
     cluster = config.cluster if phase == 1 else 1
     return Kernel(source, symbol, defines, block=32 * config.warps, shared=shared, cluster=cluster)
 
@@ -287,7 +315,7 @@ def add_lora(
             sm_count=facts.sm_count,
             tiles=tiles,
             aligned=bool(_vectors(x, weights.in_features) and _vectors(y, weights.width)),
-            mixed=len(weights.rank_set) > 1,
+            ranks=weights.rank_set,
         )
     widths = weights.slices
     kernel = _layer_kernel(
@@ -302,8 +330,18 @@ def add_lora(
     )
     bound = batch.tile_bound(config.rows, tokens)
     tiles_of, counter, _ = batch.schedule(config.rows)
-    grid = (max(1, bound) * config.cluster, len(widths), 1)
-    args = (x, y, weights.table_view, tiles_of, counter, np.int32(tokens), np.int32(weights.max_adapters))
+    clusters = min(bound, clusters_at_once(config.cluster, facts) // len(widths)) if config.split else bound
+    grid = (max(1, clusters) * config.cluster, len(widths), 1)
+    args = (
+        x,
+        y,
+        weights.table_view,
+        tiles_of,
+        counter,
+        np.int32(tokens),
+        np.int32(weights.max_adapters),
+        np.int32(bound),
+    )
     strides = (np.uint32(_row_stride(x)), np.uint32(_row_stride(y)))
     return Launch(kernel, grid, (*args, *strides, np.float32(scale)))
 
@@ -338,7 +376,7 @@ def _layer_kernel(
     if config.form == "ring":
         shared = ring_shared_bytes(config, ranks, width_in)
     else:
-        shared = direct_shared_bytes(config, ranks, holds_v=True)
+        shared = direct_shared_bytes(config, ranks, width_in, holds_v=True)
     return Kernel("lora", "add_lora", defines, block=32 * config.warps, shared=shared, cluster=config.cluster)
 
 

@@ -6,7 +6,7 @@ No kernel of this library needs a padded rank, fails between two supported ranks
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -15,6 +15,8 @@ import numpy as np
 from . import _env
 from ._jit import DeviceFacts
 from ._lora_checks import integer
+
+_STRAIGHT_RANK: Final = 64  # ranks to here take one exchange
 
 MIN_SGMV_RANK: Final = 8
 MIN_RANK_CUSTOM: Final = 16
@@ -126,6 +128,8 @@ class LoraConfig:
         Slots of the ring; in the direct form, units of B and y that a warp has in flight.
     min_blocks : int
         Blocks that must fit a multiprocessor, by their registers.
+    split : bool
+        Whether tiles of lighter ranks take a part of a cluster each, the heaviest first; of the ring form.
     """
 
     form: str
@@ -134,6 +138,11 @@ class LoraConfig:
     warps: int
     stages: int = 2
     min_blocks: int = 1
+    split: bool = False
+
+    def __post_init__(self) -> None:
+        if self.split and self.form != "ring":
+            raise ValueError(f"split: expected the ring form, got {self.form!r}")
 
 
 def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
@@ -152,7 +161,7 @@ def choose_lora(
     sm_count: int = 132,
     tiles: Mapping[int, int] | None = None,
     aligned: bool = True,
-    mixed: bool = False,
+    ranks: Collection[int] = (),
 ) -> LoraConfig:
     """The config of a fused layer: a pure function, the same on any machine.
 
@@ -176,8 +185,8 @@ def choose_lora(
         Tiles of each height that the batch has lists for, at most. Default: every row another adapter's.
     aligned : bool
         Whether all rows of x and y are 16-byte aligned.
-    mixed : bool
-        Whether adapters of other ranks are loaded too.
+    ranks : collection of int, optional
+        Every rank that is loaded, each as often as any other in the batch, as far as anybody knows. Default: `rank`.
 
     Returns
     -------
@@ -196,7 +205,8 @@ def choose_lora(
     if tiles is None:
         tiles = dict.fromkeys((8, 16), tokens)
     ring = aligned and np.dtype(dtype).itemsize == 2
-    return _choose(rank, tokens, in_features, widths, tiles, ring, mixed, DeviceFacts(arch, sm_count))
+    loaded = frozenset(integer("ranks", each, 1) for each in ranks) | {rank}
+    return _choose(rank, tokens, in_features, widths, tiles, ring, loaded, DeviceFacts(arch, sm_count))
 
 
 def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **options: Any) -> str:
@@ -212,12 +222,18 @@ def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **o
         f"  each by {blocks} of {config.warps} warps",
     ]
     if config.form == "ring":
+        if config.split:
+            lines.append("  the heaviest tiles first; those of lighter ranks take a part of a cluster each")
         if staged_rank(rank):
             lines.append(f"  x, A, B and y stream through {config.stages} slots of shared memory")
         else:
             lines.append("  eight rows at a time, read in a loop (no code of its own for this rank)")
     else:
-        staged = "staged in shared memory" if staged_rank(rank) else "read in a loop (no code of its own for this rank)"
+        staged = (
+            "staged in shared memory"
+            if staged_alone(rank, config, in_features)
+            else "read in a loop (no code of its own for this rank)"
+        )
         lines.append(f"  x and A go straight to registers; B and y are {staged}")
     if options.get("arch", 90) < 90:
         lines.append("  no clusters before compute capability 9.0")
@@ -231,13 +247,13 @@ def _choose(
     widths: tuple[int, ...],
     tiles: Mapping[int, int],
     ring: bool,
-    mixed: bool,
+    ranks: frozenset[int],
     facts: DeviceFacts,
 ) -> LoraConfig:
     slices = len(widths)
     coded = staged_rank(rank)
-    if ring and coded:
-        config = _choose_ring(rank, tokens, in_features, widths, tiles, mixed, facts)
+    if ring and staged_rank(rank):
+        config = _choose_ring(rank, tokens, in_features, widths, tiles, ranks, facts)
         if config is not None:
             return config
     clusters = tiles[8] * slices
@@ -245,16 +261,46 @@ def _choose(
         # Two blocks a multiprocessor and tiles of 16 rows, worked off eight by eight: 1.2 to 1.4 times faster, though
         # long rows spill at the registers that leaves.
         few = tiles[16] * slices <= 1.2 * facts.sm_count
-        config = _ring(rank, 16, 4 if few else 2, in_features, facts)
+        config = _ring(ranks, 16, 4 if few else 2, in_features, facts)
         if config.stages >= 3:
             return replace(config, stages=min(config.stages, 5), min_blocks=2)
     full = tokens > 2 * tiles[8]
-    if ring and rank == 64 and not full and facts.arch >= 90 and clusters > 0.25 * facts.sm_count and 16 in tiles:
+    if (
+        ring
+        and rank > 32
+        and staged_rank(rank)
+        and not full
+        and facts.arch >= 90
+        and clusters > 0.25 * facts.sm_count
+        and 16 in tiles
+    ):
+        if len(ranks) > 1:
+            config = _choose_split(tiles[16] * slices, ranks, in_features, facts)
+            if config is not None:
+                return config
         # A and B stream through the ring without a gap; the direct form asks for as much as its registers hold.
-        config = _ring(rank, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
+        config = _ring(ranks, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
         if config.stages >= 5:
             return config
-    return _direct(rank, clusters, facts, in_features, max(widths), full=full)
+    return _direct(rank, clusters, facts, in_features, max(widths), full=full, alone=len(ranks) == 1)
+
+
+def _choose_split(clusters: int, ranks: frozenset[int], in_features: int, facts: DeviceFacts) -> LoraConfig | None:
+    """Clusters that split, the largest whose teams take little more than one round; else None.
+
+    Each block then has the bytes of 64 / cluster ranks of a tile, whatever the tile's rank.
+    """
+    for cluster in (4, 2):
+        blocks = clusters * sum(team_of(rank, max(ranks), cluster) for rank in ranks) / len(ranks)
+        config = _ring(ranks, 16, cluster, in_features, facts, split=True)
+        if blocks <= 1.1 * cluster * clusters_at_once(cluster, facts) and config.stages >= 5:
+            return config
+    return None
+
+
+def team_of(rank: int, widest: int, cluster: int) -> int:
+    """Blocks that share a tile of this rank where clusters split: ``team_of`` of lora_ring.cuh."""
+    return 1 << max(1, cluster * rank // widest).bit_length() - 1 if staged_rank(rank) else cluster
 
 
 def _choose_ring(
@@ -263,7 +309,7 @@ def _choose_ring(
     in_features: int,
     widths: tuple[int, ...],
     tiles: Mapping[int, int],
-    mixed: bool,
+    ranks: frozenset[int],
     facts: DeviceFacts,
 ) -> LoraConfig | None:
     """The ring, where tiles are more than half full and one or two blocks each fill the machine; else None."""
@@ -271,7 +317,10 @@ def _choose_ring(
     wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
     # 64 rows of rank 64 take every register: no room for widths that differ, for other ranks' code, or for what older
     # parts need; those of rank 32 take them for long rows.
-    full = len(set(widths)) > 1 or facts.arch < 90 or mixed if rank == 64 else rank == 32 and in_features > 12288
+    crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or not _power_rank(rank)
+    full = crowded if rank > 32 else rank > 16 and in_features > _TWO_BLOCKS_IN
+    if in_features > _TWO_BLOCKS_IN and not _power_rank(rank):
+        return None  # its code would spill there
     tallest = 32 if full else 64
     share = {
         height: tiles[height] * len(widths) / facts.sm_count
@@ -286,44 +335,78 @@ def _choose_ring(
     rows = next((height for height in heights if height >= wanted), heights[-1])
     while rows < wanted * 2 and share[rows] > 1.1 and share.get(2 * rows, 0) >= alone:
         rows *= 2  # the last wave would leave most of the machine idle, or A and B cross L2 more often than they must
-    config = _ring(rank, rows, 1 if share[rows] >= alone else 2, in_features, facts)
+    config = _ring(ranks, rows, 1 if share[rows] >= alone else 2, in_features, facts)
     return config if config.stages >= 3 else None
 
 
-_STAGED_RANKS: Final = (8, 16, 32, 64)
+def clusters_at_once(cluster: int, facts: DeviceFacts) -> int:
+    """Clusters of this size that run at once, one block a multiprocessor: 132, 66, 30, 15 and 7 on 132 of them."""
+    return max(1, facts.sm_count * 10 // {1: 10, 2: 20, 4: 44, 8: 88, 16: 188}[cluster])
 
 
 def staged_rank(rank: int) -> bool:
-    """Whether a rank has code of its own, which stages B and y in shared memory: ``slot_rank`` of lora_slots.cuh."""
-    return rank in _STAGED_RANKS
+    """Whether a rank's code stages B and y in shared memory, in every kernel: ``slot_rank`` of lora_slots.cuh."""
+    return rank <= _STRAIGHT_RANK and rank % (2 if rank <= 8 else 4 if rank <= 16 else 8) == 0
 
 
-def _ring(rank: int, rows: int, cluster: int, in_features: int, facts: DeviceFacts) -> LoraConfig:
-    # Any of the coded ranks may be loaded, and the smaller do not all take smaller slots.
-    sizes = [ring_slot_bytes(rows, r, in_features) for r in _STAGED_RANKS if r <= max(rank, 8)]
+def staged_alone(rank: int, config: LoraConfig, in_features: int) -> bool:
+    """Whether it does where it is the only one: ``kAlone`` of lora_slots.cuh."""
+    most = 96 if config.cluster > 1 and in_features <= _SHORT_IN else _STRAIGHT_RANK
+    if config.cluster * config.warps == 64:
+        most = 128
+    return staged_rank(rank) or (config.form == "direct" and _wide(rank) and rank <= most)
+
+
+def _wide(rank: int) -> bool:
+    return _STRAIGHT_RANK < rank <= 128 and rank % 8 == 0
+
+
+def _power_rank(rank: int) -> bool:
+    """Whether a rank's code is the lightest: its rows end nowhere within a fragment."""
+    return rank in (8, 16, 32, 64)
+
+
+def _ring(
+    ranks: Collection[int], rows: int, cluster: int, in_features: int, facts: DeviceFacts, *, split: bool = False
+) -> LoraConfig:
+    # The smaller ranks do not all take smaller slots.
+    sizes = [ring_slot_bytes(rows, rank, in_features) for rank in ranks if staged_rank(rank)] or [(1, 0)]
     slot, parts = (max(column) for column in zip(*sizes, strict=True))
-    chunk = max(16, rank)
+    chunk = max(chunk_of(rank) for rank in ranks)
     remote = 2 * (8 * cluster + rows) * chunk * 4 if cluster > 1 else 0
-    room = _shared_limit(facts) - 384 - remote - max(parts, 44 * 1024 - slot)
-    return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)))
+    room = _shared_limit(facts) - (640 if split else 384) - remote - max(parts, 44 * 1024 - slot)
+    return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)), split=split)
 
 
-def ring_slot_bytes(rows: int, rank: int, in_features: int) -> tuple[int, int]:
+def chunk_of(rank: int) -> int:
+    """Ranks of one exchange: ``chunk_of`` of lora_config.cuh."""
+    return 16 if rank <= 16 else min(_STRAIGHT_RANK, -(-rank // 32) * 32)
+
+
+def ring_slot_bytes(rows: int, rank: int, in_features: int, warps: int = 8) -> tuple[int, int]:
     """Bytes of one slot of the ring, and of the parts beside it: RingShape of lora_ring.cuh."""
-    rank_warps = 1 if rank < 64 else 2 if rows < 64 else 4
-    token_warps = min(rows // 8, 8 // rank_warps)
-    leaf_warps = 8 // (rank_warps * token_warps)
-    pairs = 2 if rows == 16 and rank >= 32 else 4
-    columns = 16 * pairs * (8 // (rows // 8))
+    rank_warps = 1 if rank <= 32 else 2 if rows < 64 else 4
+    token_warps = min(rows // 8, warps // rank_warps)
+    leaf_warps = warps // (rank_warps * token_warps)
+    tiles = 2 if rank > 16 and (rows == 16 or warps > 8) else 4
+    columns = 8 * tiles * (warps // (rows // 16))
     leaf_columns = 32 * -(-in_features // 2048)
     slot = max(leaf_warps * (rows + rank) * leaf_columns * 2, columns * (rank + rows) * 2)
-    blocks, groups = max(rank, 16) // 16 // rank_warps, rows // 8 // token_warps
-    passes = 4 if blocks * groups >= 4 else 1
-    return slot, passes * leaf_warps * rows * (max(rank, 16) + 4) * 4
+    ranks = chunk_of(rank)  # of v
+    blocks, groups = ranks // 16 // rank_warps, rows // 8 // token_warps
+    places = 1 if blocks * groups * (warps // 8) < 4 else 5 if warps > 8 and in_features > 8192 else 4
+    return slot, places * leaf_warps * rows * (ranks + 4) * 4
 
 
 def _direct(
-    rank: int, clusters: int, facts: DeviceFacts, in_features: int = 0, width: int = 0, *, full: bool = False
+    rank: int,
+    clusters: int,
+    facts: DeviceFacts,
+    in_features: int = 0,
+    width: int = 0,
+    *,
+    full: bool = False,
+    alone: bool = True,
 ) -> LoraConfig:
     # Measured on 132 multiprocessors: clusters that do not all fit cost a second wave, so the fewer there are, the
     # more blocks share one; a light rank leaves room for several blocks a multiprocessor. Long rows of A take more
@@ -334,6 +417,10 @@ def _direct(
     long = in_features > 6144
     if facts.arch < 90 or not (light or limit > 100 * 1024):
         return LoraConfig("direct", 8, 1, 8, 2 if light else 1)
+    if alone and _wide(rank) and limit > 200 * 1024:
+        if share <= 0.14 or rank > 96 or in_features > _SHORT_IN or facts.arch >= 100:  # fewer warps would spill
+            return LoraConfig("direct", 8, 8, 8, 1)
+        return LoraConfig("direct", 8, 8, 4, 1) if share <= 0.25 else LoraConfig("direct", 8, 2, 8, 1)
     if not coded:
         if share <= 0.13:
             return LoraConfig("direct", 8, 8, 8, 1)
@@ -354,16 +441,20 @@ def _direct(
             return LoraConfig("direct", 8, 1, 8, 4)
         if share <= 1.5:
             return LoraConfig("direct", 8, 2, 4, 2)
+        if not _power_rank(rank):
+            return LoraConfig("direct", 8, 1, 4, 2)  # two blocks of 8 warps would spill
         return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN and width <= 8192 else 1)
     if share <= 0.14:
-        return LoraConfig("direct", 8, 8, 8, 1)
+        # Few columns of A for each warp, many of B: two units ahead.
+        return LoraConfig("direct", 8, 8, 4, 2) if width > 6 * in_features > 0 else LoraConfig("direct", 8, 8, 8, 1)
     if share <= 0.25:
         return LoraConfig("direct", 8, 4, 8, 2) if long else LoraConfig("direct", 8, 8, 4, 1)
-    if rank == 32:
+    if rank <= 32:
         return LoraConfig("direct", 8, 2, 8 if share <= 0.5 else 4, 2)
     return LoraConfig("direct", 8, 2, 8, 1)
 
 
+_SHORT_IN: Final = 4096  # columns of x to which ranks to 96 are staged by few warps too
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from cupy_lora import _lora_plan, dispatch
 from cupy_lora._arrays import BFLOAT16
+from cupy_lora._jit import DeviceFacts
 from cupy_lora.lora_batch import tile_capacity, tile_heights
 
 
@@ -128,20 +129,34 @@ GPUS = [(80, 108), (80, 16), (86, 84), (89, 142), (90, 132), (90, 16), (100, 148
 def test_every_choice_can_be_launched(arch: int, sm_count: int, widths: tuple[int, ...], in_features: int) -> None:
     """Any rank and batch: clusters only where there are any, leaves dealt evenly, shared memory that fits."""
     limit = {80: 163, 86: 99, 89: 99, 120: 99}.get(arch, 227) * 1024
-    for rank, tokens, adapters, aligned in itertools.product(
-        (1, 8, 13, 16, 32, 64, 100, 512), (1, 8, 64, 256, 512, 8192), (1, 16, 4096), (True, False)
+    for rank, tokens, adapters, aligned, mixed in itertools.product(
+        (1, 8, 13, 16, 24, 32, 48, 64, 96, 100, 512),
+        (1, 8, 64, 256, 512, 8192),
+        (1, 16, 4096),
+        (True, False),
+        (True, False),
     ):
         tiles = {height: tile_capacity(tokens, adapters, height) for height in tile_heights(tokens)}
+        ranks = frozenset({r for r in (rank, 24, 16, 8) if r <= rank} if mixed else {rank})
         config = dispatch.choose_lora(
-            rank, tokens, in_features, widths, arch=arch, sm_count=sm_count, tiles=tiles, aligned=aligned
+            rank,
+            tokens,
+            in_features,
+            widths,
+            arch=arch,
+            sm_count=sm_count,
+            tiles=tiles,
+            aligned=aligned,
+            ranks=ranks,
         )
         assert config.rows in tiles
         assert config.form == ("direct" if config.rows == 8 else "ring")
         assert aligned or config.form == "direct"
         assert config.cluster == 1 or arch >= 90
+        assert len(ranks) > 1 or not config.split
         assert 64 % (config.cluster * config.warps) == 0
-        ranks = _lora_plan.coded_ranks(frozenset({r for r in (rank, 16, 8) if r <= rank}), config, in_features, widths)
-        kernel = _lora_plan._layer_kernel(config, BFLOAT16, BFLOAT16, in_features, widths, ranks, aligned, aligned)
+        coded = _lora_plan.coded_ranks(ranks, config, in_features, widths)
+        kernel = _lora_plan._layer_kernel(config, BFLOAT16, BFLOAT16, in_features, widths, coded, aligned, aligned)
         assert kernel.shared <= limit, (config, rank)
 
 
@@ -156,11 +171,39 @@ def test_choices_follow_the_batch() -> None:
     assert dispatch.choose_lora(16, 1, 4096, [4096], arch=80).cluster == 1
 
 
+def test_clusters_split_where_mixed_ranks_fill_one_round() -> None:
+    """By the blocks that the batch's teams take: 64 tiles of these four ranks take 128 of clusters of four."""
+    mixed = (8, 16, 32, 64)
+
+    def choice(tokens: int, ranks: tuple[int, ...], **facts: int) -> tuple[bool, int]:
+        config = dispatch.choose_lora(64, tokens, 4096, [4096], ranks=ranks, **facts)
+        return config.split, config.cluster
+
+    assert choice(64, mixed) == (True, 4)
+    assert choice(96, mixed) == (True, 2)
+    assert choice(64, (64,)) == (False, 2)
+    assert choice(64, (8, 64)) == (True, 2)
+    assert not choice(512, mixed)[0]
+    assert not choice(8, mixed)[0]
+    assert not choice(64, mixed, arch=80)[0]
+    assert [dispatch.team_of(rank, 64, 4) for rank in (8, 16, 32, 64, 7)] == [1, 1, 2, 4, 4]
+    facts = DeviceFacts(90, 132)
+    assert [dispatch.clusters_at_once(cluster, facts) for cluster in (1, 2, 4, 8, 16)] == [132, 66, 30, 15, 7]
+
+
+def test_only_rings_split() -> None:
+    assert dispatch.LoraConfig("ring", 16, 4, 8, 4, split=True).split
+    with pytest.raises(ValueError, match="split: expected the ring form, got 'direct'"):
+        dispatch.LoraConfig("direct", 8, 4, 8, split=True)
+
+
 def test_explain_says_what_is_chosen() -> None:
     text = dispatch.explain(16, 64, 4096, (4096, 1024, 1024), tiles={8: 9, 16: 8})
     assert "rank 16, 64 tokens, 4096 -> 4096 + 1024 + 1024: the direct form" in text
     assert "9 tiles (at most) of up to 8 rows by 3 slices: 27 on 132 SMs" in text
     assert "no clusters" in dispatch.explain(16, 1, 64, (64,), arch=86)
+    split = dispatch.explain(64, 64, 4096, (4096,), ranks=(8, 16, 32, 64))
+    assert "the heaviest tiles first; those of lighter ranks take a part of a cluster each" in split
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.simt
 FORMS = {
     "direct": LoraConfig("direct", 8, 2, 4),
     "direct-8-blocks": LoraConfig("direct", 8, 8, 4),
+    "direct-16-blocks": LoraConfig("direct", 8, 16, 4, 1),
+    "direct-a-leaf-a-warp": LoraConfig("direct", 8, 8, 8, 1),
     "direct-one-block": LoraConfig("direct", 8, 1, 8),
     "direct-16-warps": LoraConfig("direct", 8, 1, 16, 1),
     "direct-one-unit-ahead": LoraConfig("direct", 8, 1, 4, 1),
@@ -26,6 +28,9 @@ FORMS = {
     "ring-32-rows": LoraConfig("ring", 32, 2, 8, 3),
     "ring-64-rows": LoraConfig("ring", 64, 1, 8, 3),
     "ring-in-pairs": LoraConfig("ring", 32, 1, 8, 6),
+    "ring-16-warps": LoraConfig("ring", 64, 1, 16, 6),
+    "ring-16-warps-32-rows": LoraConfig("ring", 32, 2, 16, 3),
+    "ring-split": LoraConfig("ring", 16, 4, 8, 4, split=True),
 }
 
 
@@ -77,6 +82,25 @@ def test_same_bits_in_every_form(rank: int, form: str, clusters: int | None) -> 
     np.testing.assert_array_equal(add_lora(rank, form, clusters).view(np.uint16), usual(rank).view(np.uint16))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rank", [4, 12, 24, 48])
+def test_same_bits_of_ranks_between_powers_of_two(rank: int, form: str) -> None:
+    np.testing.assert_array_equal(add_lora(rank, form).view(np.uint16), usual(rank).view(np.uint16))
+
+
+@pytest.mark.parametrize("form", ["direct-8-blocks", "direct-a-leaf-a-warp", "direct-one-block"])
+@pytest.mark.parametrize("rank", [72, 96, 128])
+def test_same_bits_of_ranks_that_take_two_exchanges(rank: int, form: str) -> None:
+    np.testing.assert_array_equal(add_lora(rank, form).view(np.uint16), usual(rank).view(np.uint16))
+    np.testing.assert_array_equal(usual(rank), add_lora(rank, "ring", 1))  # in a loop there
+    np.testing.assert_array_equal(usual(rank), add_lora(rank, form, padded=200))
+
+
+@pytest.mark.parametrize("rank", [2, 6, 40, 56])
+def test_same_bits_of_ranks_that_end_in_a_group(rank: int) -> None:
+    np.testing.assert_array_equal(add_lora(rank, "ring").view(np.uint16), usual(rank).view(np.uint16))
+
+
 @pytest.mark.parametrize("form", ["direct", "direct-one-block", "ring"])
 def test_same_bits_at_a_rank_without_code_of_its_own(form: str) -> None:
     np.testing.assert_array_equal(add_lora(100, form, 1).view(np.uint16), usual(100).view(np.uint16))
@@ -96,9 +120,11 @@ def test_same_bits_where_units_fill_the_width(rank: int, form: str, outs: tuple[
 
 
 @pytest.mark.parametrize(("wide", "form"), [(4104, "direct"), (6144, "direct-one-block")])
-@pytest.mark.parametrize(("rank", "padded"), [(5, 16), (40, 64)])
+@pytest.mark.parametrize(("rank", "padded"), [(5, 16), (4, 8), (12, 16), (24, 32), (40, 64)])
 def test_ranks_of_zeros_change_no_bit(rank: int, padded: int, wide: int, form: str) -> None:
-    """Code for any rank, whose steps of so wide a leaf are not taken in equal shares, against code for one."""
+    """Code for any rank, whose steps of so wide a leaf are not taken in equal shares, and for ranks between powers of
+    two, against that for one.
+    """
     outs = (64,)
     plain = add_lora(rank, form, wide=wide, tokens=9, outs=outs)
     np.testing.assert_array_equal(plain, add_lora(rank, form, wide=wide, tokens=9, outs=outs, padded=padded))
@@ -134,7 +160,7 @@ def test_clusters_that_exchange_one_width_after_another(ranks: tuple[int, ...], 
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block"])
+@pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block", "ring-split"])
 @pytest.mark.parametrize("later", [3, 40, 90])
 def test_a_launch_replayed_with_another_batch(later: int, form: str) -> None:
     """As by a graph: the rows that its arrays lack are skipped, the others are those of the new batch."""
@@ -166,6 +192,71 @@ def test_a_launch_replayed_with_another_batch(later: int, form: str) -> None:
         cupy_lora.add_lora(wanted, x_array, weights, batch, config=FORMS[form])
     assert np.abs(wanted.astype(np.float32)).max() > 0
     np.testing.assert_array_equal(y.view(np.uint16), wanted.view(np.uint16))
+
+
+def add_mixed(
+    config: LoraConfig, ranks: tuple[int, ...], tokens: int, clusters: int | None = None, outs: tuple[int, ...] = (128,)
+) -> np.ndarray:
+    """y after one launch over adapters of several ranks, a row or two each; the last slot is empty."""
+    rng = np.random.default_rng(25)
+    wide, adapters = 136, tokens * 3 // 4
+    slots = rng.permutation(np.arange(tokens) % (adapters + 1))
+    slots[tokens // 2] = -1
+    x = rng.standard_normal((tokens, wide)).astype(np.float16)
+    y = (100 * rng.standard_normal((tokens, sum(outs)))).astype(np.float16)
+    with on_cpu(clusters=clusters) as engine:
+        weights = cupy_lora.LoraWeights(wide, outs, max_adapters=adapters + 1, dtype="float16", device="cpu")
+        for slot in range(adapters):
+            rank = ranks[slot % len(ranks)]
+            a = [engine.array(rng.standard_normal((rank, wide)).astype(np.float16)) for _ in outs]
+            b = [engine.array(rng.standard_normal((out, rank)).astype(np.float16)) for out in outs]
+            weights.load(slot, a, b, scale=0.5, copy=False)
+        batch = cupy_lora.LoraBatch(tokens, max_adapters=adapters + 1, device="cpu")
+        for tiles in batch.tiles.values():
+            tiles[...] = adapters + 1
+        batch.update(engine.array(slots))
+        out = engine.array(y)
+        cupy_lora.add_lora(out, engine.array(x), weights, batch, config=config)
+    return np.array(out)
+
+
+RANKS = {
+    "coded": (8, 16, 32, 64),
+    "some-without-code": (64, 8, 12, 200, 16, 1),
+    "two": (16, 64),
+    "none-with-code": (3, 7),
+}
+
+
+@functools.cache
+def usual_mixed(ranks: tuple[int, ...], tokens: int, outs: tuple[int, ...]) -> np.ndarray:
+    return add_mixed(LoraConfig("direct", 8, 1, 8), ranks, tokens, outs=outs)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cluster", "clusters"),
+    [
+        *(("coded", cluster, clusters) for cluster in (1, 2, 4, 8) for clusters in (None, 1)),
+        *((ranks, 4, 3) for ranks in RANKS),
+    ],
+)
+def test_same_bits_where_clusters_split(ranks: str, cluster: int, clusters: int | None) -> None:
+    config = LoraConfig("ring", 16, cluster, 8, 4, split=True)
+    got = add_mixed(config, RANKS[ranks], 40, clusters)
+    np.testing.assert_array_equal(got.view(np.uint16), usual_mixed(RANKS[ranks], 40, (128,)).view(np.uint16))
+
+
+@pytest.mark.parametrize("outs", [(128, 128), (128, 40)], ids=["one-width", "two-widths"])
+def test_same_bits_where_clusters_split_over_slices(outs: tuple[int, ...]) -> None:
+    got = add_mixed(LoraConfig("ring", 16, 4, 8, 4, split=True), RANKS["coded"], 20, outs=outs)
+    np.testing.assert_array_equal(got.view(np.uint16), usual_mixed(RANKS["coded"], 20, outs).view(np.uint16))
+
+
+def test_more_tiles_than_one_order_holds() -> None:
+    """The second order starts with whole clusters again, after one that ended with single blocks."""
+    outs = (32,)
+    got = add_mixed(LoraConfig("ring", 16, 4, 8, 3, split=True), (8, 64), 346, 9, outs)
+    np.testing.assert_array_equal(got.view(np.uint16), usual_mixed((8, 64), 346, outs).view(np.uint16))
 
 
 def bgmv(rank: int, **device: int) -> np.ndarray:

@@ -88,7 +88,8 @@ EXEMPT: dict[str, tuple[tuple[str, int, str], ...]] = {
     "lora_exchange.cuh": (
         ("for (int i = 0; i <= count; ++i) ptx::mbarrier_init(", 1, "one barrier more, in room kept for 16"),
         ("first <= 8 * kWidth / 4; first += kThreads) {", 1, "token 8 and on: not below `rows`"),
-        ("first <= kQuads * kCluster; first += kThreads) {", 1, "peer kCluster and on: not below kCluster"),
+        ("first <= kQuads * kSenders; first += kThreads) {", 1, "sender kSenders and on: not below kSenders"),
+        ("first <= kQuads; first += kThreads) {", 2, "quad kQuads and on: not below `quads`, and in no share"),
     ),
     "lora_expand.cuh": (
         ("for (int j = 0; j <= S::kYChunks / 4; ++j) { const int row", 1, "row 8 and on: not below `rows`"),
