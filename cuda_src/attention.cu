@@ -38,26 +38,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     ring.steps = carve<Step>(shared, STAGES);
     ring.goals = carve<Goal>(shared, STAGES);
     ring.addresses = carve<u64>(shared, COPY_BULK ? 0 : TILE);
-    ring.full = carve<u64>(shared, 2 * STAGES + 3);
+    ring.full = carve<u64>(shared, 2 * STAGES + 2);
     ring.empty = ring.full + STAGES;
-    u64* const crew_barrier = ring.full + 2 * STAGES;
     u8* const angles = carve<u8>(shared, ROPE ? 17 * ANGLE_BYTES : 0);
     u8* const operands = carve<u8>(shared, ROPE ? WARPS * OPERAND_BYTES : 0);
     const Joined joined = {carve<float>(shared, WARPS * ROWS * PART_ROW), carve<Row>(shared, WARPS * ROWS),
                            carve<float>(shared, ROWS * DIM), carve<Row>(shared, 2 * ROWS)};
     Before* const runs = carve<Before>(shared, THREADS);
     i64* const scratch = carve<i64>(shared, BLOCK_WARPS);
-    Arrivals arrivals(carve<Arrival>(shared, 1), crew_barrier + 1);
+    Arrivals arrivals(carve<Arrival>(shared, 1), ring.empty + STAGES);
 
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             ptx::mbarrier_init(ring.full + i, ARRIVALS);
-            ptx::mbarrier_init(ring.empty + i, WARPS);
+            ptx::mbarrier_init(ring.empty + i, 32 * WARPS);
         }
-        ptx::mbarrier_init(crew_barrier, WARPS);
-        ptx::mbarrier_init(crew_barrier + 1, 1);
-        ptx::mbarrier_init(crew_barrier + 2, 1);
+        for (int i = 0; i < 2; ++i) ptx::mbarrier_init(ring.empty + STAGES + i, 1);  // the arrivals'
         ptx::mbarrier_init_fence();
     }
     const Work work = {{kv_ptrs, kv_indptr, last_page_offset, num_ptrs}, batch, window, slots, share};
@@ -72,11 +69,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         }
         return;
     }
-    const Crew crew(crew_barrier);
 #if ROPE
     fill_angles(angles, frequencies);
-    crew.meet();
-    crew.meet_again();
+    crew_meet();
     TurnedQueries queries(frequencies, angles, operands + warp * OPERAND_BYTES);
 #else
     Queries queries;
@@ -143,15 +138,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             __syncwarp();
             step = ring.steps[turn.slot];  // again: what is not kept takes no registers
             goal = ring.goals[turn.slot];
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty + turn.slot);
+            ptx::mbarrier_arrive(ring.empty + turn.slot);
             last = step.tile + 1 == step.end;
             if (!last && step.tile + 1 != step.begin + (joints + 1) * step.chunk_tiles) continue;
         }
         const Heads heads = heads_of(step.head);
         const bool finishes = last && counting && arrivals.settled();
         if (!over) {
-            join_warps(block, joined, crew, scale, [&](int row, int column, Row chunk, float4 acc) {
+            join_warps(block, joined, scale, [&](int row, int column, Row chunk, float4 acc) {
                 if (goal.chunks == 0) {
                     keep(joined, joints, row, column, chunk, acc);
                 } else if (row < heads.count) {
@@ -167,8 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         }
         if (finishes) {
             write_folded(arrivals.arrival());
-            crew.meet();  // all have read it
-            crew.meet_again();
+            crew_meet();  // all have read it
         }
         if (over) break;
         counting = goal.chunks != 0;

@@ -5,7 +5,7 @@
 // shared memory or, where chunks are units of their own, through the workspace. A last warp counts those chunks: the
 // fence and the counter take 5 us where memory is busy, in which the others go on with the next unit. They ask whether
 // the chunk was its sequence's last to arrive, and then fold, at that unit's end.
-// Shared memory: of the ring, stages, queries, steps, goals, addresses (without COPY_BULK), barriers [2 STAGES + 3];
+// Shared memory: of the ring, stages, queries, steps, goals, addresses (without COPY_BULK), barriers [2 STAGES + 2];
 // with ROPE, angles [17] and each warp's turned queries (attention_turn.cuh); of the warps, parts
 // [WARPS][ROWS][PART_ROW] and rows [WARPS][ROWS][2], of the sequence so far, acc [ROWS][DIM] and rows [2][ROWS][2], all
 // float32; runs [THREADS][2] int32; scan [BLOCK_WARPS] int64; an arrival [5] int32.
@@ -24,23 +24,11 @@ struct Partials {
     i32* arrived;  // [slots][UNITS], of a sequence's first slot: chunks that are there; zeros between launches
 };
 
-// The barrier of the warps that multiply. What a thread wrote before it, all of them see after it. They meet in pairs,
-// so that nobody has to remember the parity.
-class Crew {
-  public:
-    CUPY_LORA_DEVICE explicit Crew(u64* barrier) : barrier_(barrier) {}
-    CUPY_LORA_DEVICE void meet() const { wait(0); }
-    CUPY_LORA_DEVICE void meet_again() const { wait(1); }
-
-  private:
-    CUPY_LORA_DEVICE void wait(u32 parity) const {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier_);
-        ptx::mbarrier_wait_block(barrier_, parity);
-    }
-
-    u64* barrier_;
-};
+// The barrier of the warps that multiply. What a thread wrote before it, all of them see after it.
+CUPY_LORA_DEVICE void crew_meet() {
+    __syncwarp();
+    ptx::barrier_meet(1, 32 * WARPS);
+}
 
 // ---- partial results: four columns of a row at a time ------------------------------------------
 // Thread's share of the columns, the same wherever results are joined: f(row, column).
@@ -102,7 +90,7 @@ CUPY_LORA_DEVICE void store_parts(const Block& block, float* parts, int pass) {
 // The warps' shares of a chunk, joined in the order of the warps: take(row, column, result of the row, quad of
 // columns). All warps that multiply; what take leaves for other threads they see on return.
 template <class Take>
-CUPY_LORA_DEVICE void join_warps(const Block& block, const Joined& joined, const Crew& crew, float scale, Take take) {
+CUPY_LORA_DEVICE void join_warps(const Block& block, const Joined& joined, float scale, Take take) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
@@ -114,7 +102,7 @@ CUPY_LORA_DEVICE void join_warps(const Block& block, const Joined& joined, const
 #pragma unroll
     for (int pass = 0; pass < VALUE_UNITS; ++pass) {
         store_parts(block, joined.parts, pass);
-        crew.meet();
+        crew_meet();
         each_quad(pass, [&](int row, int column) {
             float top = minus_infinity();
 #pragma unroll
@@ -131,7 +119,7 @@ CUPY_LORA_DEVICE void join_warps(const Block& block, const Joined& joined, const
             }
             take(row, column, Row{top, sum}, acc);
         });
-        crew.meet_again();  // the parts are written again
+        crew_meet();  // the parts are written again
     }
 }
 

@@ -35,6 +35,7 @@ struct f16 {
 };
 
 #include "ptx.cuh"
+#include "ptx_barriers.cuh"
 
 constexpr CUPY_LORA_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -1,5 +1,5 @@
-// Warpgroup matrix products (sm_90a) and what goes with them: matrix descriptors, register quotas, named barriers.
-// As in ptx.cuh, the body that the CPU runner executes stands beside the one that the GPU does.
+// Warpgroup matrix products (sm_90a) and what goes with them: matrix descriptors, register quotas. As in
+// ptx.cuh, the body that the CPU runner executes stands beside the one that the GPU does.
 //
 // c += a b with a 64 x 16, b 16 x N, float32 accumulators. All 128 threads of a warpgroup take part; warp w (of its
 // four) holds the rows 16 w .. 16 w + 15 as mma.sync's 16-row fragments (ptx.cuh): c[n] are the 8 columns from 8 n on.
@@ -120,23 +120,6 @@ template <int N>
 CUPY_LORA_DEVICE void leave_registers() {
 #ifndef CUPY_LORA_SIMT
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-#endif
-}
-
-// ---- named barriers: `threads` of the block meet, of which those that only arrive do not wait ------
-CUPY_LORA_DEVICE void barrier_meet(int barrier, int threads) {
-#ifndef CUPY_LORA_SIMT
-    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-#else
-    simt::named_barrier(barrier, threads, true);
-#endif
-}
-
-CUPY_LORA_DEVICE void barrier_arrive(int barrier, int threads) {
-#ifndef CUPY_LORA_SIMT
-    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-#else
-    simt::named_barrier(barrier, threads, false);
 #endif
 }
 

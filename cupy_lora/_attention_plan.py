@@ -91,7 +91,7 @@ def decode_shared_bytes(dim: int, group: int, rope: bool, config: TileConfig) ->
     unit = 4 if dim % 64 == 0 else 2 if dim % 32 == 0 else 1
     ring = (
         *(stages * 2 * (2 * config.tile * dim + (0 if config.bulk else 4 * 32)), stages * rows * 2 * dim, stages * 48),
-        *(0 if config.bulk else config.tile * 8, (2 * stages + 3) * 8),
+        *(0 if config.bulk else config.tile * 8, (2 * stages + 2) * 8),
     )
     turned = (17 * (4 * dim + (0 if dim % 32 else 64)), warps * dim // 16 * min(rows, 8) * 64) if rope else ()
     joined = (warps * rows * (16 * unit + 4) * 4, warps * rows * 8, rows * dim * 4, 2 * rows * 8)

@@ -1,4 +1,5 @@
-// One small kernel for each group of wrappers in ptx.cuh: tests/test_ptx.py runs them on the CPU and on the GPU.
+// One small kernel for each group of wrappers in ptx.cuh and ptx_barriers.cuh: tests/test_ptx.py runs them on the CPU
+// and on the GPU.
 #include "common.cuh"
 
 extern "C" __global__ void halves_from_floats(const float* in, u32* bf16x2, u32* f16x2, float* tf32, i32 n) {
@@ -236,4 +237,29 @@ extern "C" __global__ void add_one(int* values, int count) {
     ptx::start_next();
     const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (i < count) values[i] += 1;
+}
+
+// Three parts of a block: the first two change what the other wrote, in turns, the second first; the third takes it.
+extern "C" __global__ void turns(i32* out, i32 rounds) {
+    ptx::begin_launch();
+    CUPY_LORA_SHARED(memory);
+    i32* const at = reinterpret_cast<i32*>(memory);
+    const int part = static_cast<int>(threadIdx.x) / 64, thread = static_cast<int>(threadIdx.x) % 64;
+    if (part == 2) {
+        ptx::barrier_meet(3, 192);
+        out[thread] = at[thread];
+        return;
+    }
+    if (part == 0) {
+        at[thread] = thread;
+        ptx::barrier_arrive(2, 128);
+    }
+    i32& value = at[part == 0 ? thread : 63 - thread];
+    for (i32 round = 0; round < rounds; ++round) {
+        ptx::barrier_meet(1 + part, 128);
+        value = value * 3 + part + 1;
+        ptx::barrier_arrive(2 - part, 128);
+    }
+    if (part == 1) ptx::barrier_meet(2, 128);
+    ptx::barrier_arrive(3, 192);
 }

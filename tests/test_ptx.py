@@ -1,4 +1,4 @@
-"""Each wrapper of cuda_src/ptx.cuh: the GPU's instruction and the CPU's body against NumPy, by the same tests."""
+"""Each wrapper of cuda_src/ptx.cuh and ptx_barriers.cuh, on the GPU and by its CPU body, against NumPy."""
 
 from __future__ import annotations
 
@@ -224,6 +224,16 @@ def test_exchange_through_the_cluster(kernels: engines.Engine, blocks: int, roun
     np.testing.assert_array_equal(kernels.numpy(out), expected)
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_parts_of_a_block_take_turns(kernels: engines.Engine, rounds: int) -> None:
+    out = kernels.array(np.zeros(64, np.int32))
+    launch(kernels, "turns", out, np.int32(rounds), block=192, shared=64 * 4)
+    expected = np.arange(64, dtype=np.int32)
+    for _ in range(rounds):
+        expected = (expected * 3 + 2) * 3 + 1
+    np.testing.assert_array_equal(kernels.numpy(out), expected)
+
+
 def test_a_launch_waits_for_the_one_before(kernels: engines.Engine) -> None:
     values = kernels.array(np.arange(1000, dtype=np.int32))
     for _ in range(50):
@@ -232,7 +242,8 @@ def test_a_launch_waits_for_the_one_before(kernels: engines.Engine) -> None:
 
 
 def test_every_wrapper_is_tested() -> None:
-    wrappers = set(re.findall(r"^CUPY_LORA_DEVICE \w+ (\w+)\(", (_paths.cuda_src() / "ptx.cuh").read_text(), re.M))
+    sources = "".join((_paths.cuda_src() / name).read_text() for name in ("ptx.cuh", "ptx_barriers.cuh"))
+    wrappers = set(re.findall(r"^CUPY_LORA_DEVICE \w+ (\w+)\(", sources, re.M))
     wrappers.discard("shared_address")  # only inside the others
     assert len(wrappers) > 10
     assert wrappers <= set(re.findall(r"ptx::(\w+)", KERNELS.read_text()))
