@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import bench_host, precompile, sweep
 from . import plot as picture
-from . import precompile, sweep
 from .harness import DryRig, GpuRig
 from .model import Report, read_report, say
 from .runner import FAMILIES, Options, run_families
@@ -131,7 +131,7 @@ def _dispatch(args: argparse.Namespace, given: list[str]) -> int:
     rig = _make_rig(args)
     report = Report(args.json, rig.machine(), given)
     if options.shard is None:
-        _announce(report, rig)
+        _announce(report, rig, families)
     run_families(families, rig, report, options)
     report.write()
     if options.shard is None:
@@ -149,7 +149,7 @@ def _dispatch(args: argparse.Namespace, given: list[str]) -> int:
     return 1 if report.bad or named_missing else 0
 
 
-def _announce(report: Report, rig: Any) -> None:
+def _announce(report: Report, rig: Any, families: Sequence[str]) -> None:
     head = report.head
     say(f"machine: {head['machine']}")
     say(f"versions: {head['versions']}; commit {head['commit']}")
@@ -161,6 +161,9 @@ def _announce(report: Report, rig: Any) -> None:
             f"copy {rig.copy_gbps:.0f} GB/s (read + write), read {head['read_gbps']:.0f} GB/s, "
             f"empty kernel {rig.empty_kernel_us:.2f} us"
         )
+        if bench_host.FAMILY in families:
+            head["raw_launch_us"] = bench_host.raw_launch_us(rig)
+            say(f"host: a launch of CuPy's own with six arguments takes {head['raw_launch_us']:.2f} us")
 
 
 if __name__ == "__main__":

@@ -153,6 +153,11 @@ def eager_us(call: Callable[[], Any], rig: Any) -> list[float]:
     return samples
 
 
+def raw_launch_us(rig: Any) -> float:
+    """Host microseconds of one plain launch through CuPy: how fast this machine's host is, in the rows' own unit."""
+    return float(np.median(eager_us(rig.raw_launch(), rig)))
+
+
 def with_torch(call: Any, rig: Any) -> Callable[[], Any]:
     """The same call with every CuPy array replaced by a torch tensor over the same memory."""
     rig.use_torch()

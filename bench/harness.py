@@ -361,6 +361,12 @@ class GpuRig(Rig):
         kernel = self._kernel("empty")
         return self.time([functools.partial(kernel, (1,), (32,), ())], 0.7).median
 
+    def raw_launch(self) -> Call:
+        """CuPy's own launch of a kernel that does nothing with three arrays and three numbers."""
+        arrays = [self.xp.zeros(16, np.float32) for _ in range(3)]
+        args = (*arrays, np.int32(1), np.int32(2), np.float32(3))
+        return functools.partial(self._kernel("take_six"), (1,), (32,), args)
+
     def read_floor(self, nbytes: int, sets: int = 1000) -> float | None:
         """Microseconds of the best kernel that only reads ``nbytes``, one launch a call; None for no bytes.
 
