@@ -22,7 +22,7 @@ constexpr CUPY_LORA_DEVICE int greatest_divisor(int a, int b) { return b == 0 ? 
 
 constexpr int RUN = greatest_divisor(PAGE, QUARTER);  // keys that a bulk copy brings
 constexpr int RUNS = TILE / RUN;
-constexpr int ARRIVALS = COPY_BULK ? 2 * RUNS : 33;  // that fill a stage
+constexpr int ARRIVALS = COPY_BULK ? 32 : 64;  // that fill a stage: each lane's, and each lane's copies'
 
 static_assert(!COPY_BULK || RUNS <= 16, "a run of keys and one of values for each lane");
 
@@ -122,13 +122,11 @@ class Tiles {
                 }
                 ptx::fence_bulk();
             }
-            __syncwarp();  // what other lanes stored is seen by those who see this lane's arrival
-            if (lane >= 2 * RUNS) return;
             const bool with_queries = VECTORS && lane == 0 && query_rows > 0;
-            const u32 bytes = static_cast<u32>(rows * ROW_BYTES);
+            const u32 bytes = lane < 2 * RUNS ? static_cast<u32>(rows * ROW_BYTES) : 0;
             ptx::mbarrier_expect(full, bytes + static_cast<u32>(with_queries ? query_rows * ROW_BYTES : 0));
             if (with_queries) ptx::copy_bulk(queries, query, static_cast<u32>(query_rows * ROW_BYTES), full);
-            if (rows == 0) return;
+            if (bytes == 0) return;
             const i64 side = lane < RUNS ? 0 : 1;
             const u64 from = page + static_cast<u64>(offset_ + side * PAGE_SIDE) +
                              static_cast<u64>(static_cast<u32>(position) % PAGE * ROW_BYTES);
@@ -149,8 +147,8 @@ class Tiles {
                 ptx::copy_async_16(queries + e * 16, query + e * 8);
             }
             ptx::copy_async_arrive(full);
-            __syncwarp();  // the lanes have stored what they store, and read the addresses
-            if (lane == 0) ptx::mbarrier_arrive(full);
+            ptx::mbarrier_arrive(full);
+            __syncwarp();  // the addresses have been read
         }
     }
 
