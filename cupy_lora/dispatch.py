@@ -282,7 +282,7 @@ def _choose(
         config = _ring(ranks, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
         if config.stages >= 5:
             return config
-    return _direct(rank, clusters, facts, in_features, max(widths), full=full, alone=len(ranks) == 1)
+    return _direct(rank, clusters, facts, in_features, max(widths), alone=len(ranks) == 1)
 
 
 def _choose_split(clusters: int, ranks: frozenset[int], in_features: int, facts: DeviceFacts) -> LoraConfig | None:
@@ -405,7 +405,6 @@ def _direct(
     in_features: int = 0,
     width: int = 0,
     *,
-    full: bool = False,
     alone: bool = True,
 ) -> LoraConfig:
     # Measured on 132 multiprocessors: clusters that do not all fit cost a second wave, so the fewer there are, the
@@ -436,7 +435,7 @@ def _direct(
         if limit <= 200 * 1024:
             return LoraConfig("direct", 8, 2, 8 if share <= 1.0 else 4, 2)
         if share <= 0.8:
-            return LoraConfig("direct", 8, 2, 8 if long else 16, 2 if long or full else 1)
+            return LoraConfig("direct", 8, 2, 8, 2) if long else LoraConfig("direct", 8, 2, 16, 1)
         if share <= 1.0:
             return LoraConfig("direct", 8, 1, 8, 4)
         if share <= 1.5:
