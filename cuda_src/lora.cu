@@ -15,7 +15,7 @@
 #endif
 #if SPLIT
 #include "lora_order.cuh"
-#else
+#elif TILE_ROWS <= 8
 constexpr int kOrderBytes = 0;
 #endif
 
@@ -26,19 +26,19 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     const int g = threadIdx.x % 32 / 4;
     const float scale = w.scale * layer.scale;
     if constexpr (kStaged<kRank>) {
-        constexpr int kWidth = chunk_of(kRank);
+        constexpr int kWidth = chunk_of(kRank), kTeam = team_of(kRank);
         constexpr bool kOpens = Leaf<kIn>::kExact && kRank <= kWidth;  // while the loads are under way: by registers
         ExpandStaged<kRank> expand;
-        shrink_leaves<kWidth / 16, kShrinkBudget, true>(
+        shrink_leaves<kWidth / 16, kShrinkBudget, true, kTeam>(
             ex, x_row, w.a, kRank,
             [&] {
                 expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width);
-                if constexpr (kOpens) open_exchange<kWidth>(ex, tile.rows);
+                if constexpr (kOpens) open_exchange<kWidth, kTeam>(ex, tile.rows);
             },
             first_x);
         __syncthreads();
-        if constexpr (!kOpens) open_exchange<kWidth>(ex, tile.rows);
-        exchange_parts<kWidth>(ex, tile.rows, [&] { expand.take_early(); });
+        if constexpr (!kOpens) open_exchange<kWidth, kTeam>(ex, tile.rows);
+        exchange_parts<kWidth, kTeam>(ex, tile.rows, [&] { expand.take_early(); });
         const auto scaled = [&](float4 q) { return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale); };
         if constexpr (kRank > kWidth) {
             constexpr int kRest = rest_of(kRank);
@@ -72,8 +72,11 @@ using Rows = Tile;
 #endif
 
 constexpr int kStartBarriers = kExchangeBarriers + (TILE_ROWS > 8 ? 2 : 0);
+// Behind the barriers: the table of rows (ring) or the order of tiles (clusters that split).
 #if TILE_ROWS > 8
-constexpr int kOrderAt = 128 + kTableBytes, kReceivedAt = kOrderAt + kOrderBytes;
+constexpr int kReceivedAt = 128 + kTableBytes;
+#else
+constexpr int kReceivedAt = 128 + kOrderBytes;
 #endif
 
 // What a block works with; all but a few bits of it are addresses.
@@ -87,14 +90,14 @@ struct Block {
 
 CUPY_LORA_DEVICE Block block_at(unsigned char* shared, u32 state) {
     const ExchangeState exchange{state & 3, state >> 3 & 1, (state & 4) != 0};
-#if TILE_ROWS > 8
     unsigned char* const received = shared + kReceivedAt;
+#if TILE_ROWS > 8
     unsigned char* const remote = received + kReceivedBytes;
     unsigned char* const local = remote + kRingRemoteBytes;
     return Block{exchange_at(shared, received, local, exchange),
                  ring_at(shared + 8 * kExchangeBarriers, remote, state >> 4), local};
 #else
-    return Block{exchange_at(shared, exchange)};
+    return Block{exchange_at(shared, received, received + kReceivedBytes, exchange)};
 #endif
 }
 
@@ -209,12 +212,12 @@ struct Work {
 #if SPLIT
 // All of this block's tiles where clusters split (lora_order.cuh).
 CUPY_LORA_DEVICE void work_in_order(Block& block, const Layer& layer, const Work& work, Out* y) {
-    unsigned char* const order = block_shared() + kOrderAt;
+    unsigned char* const order = block_shared() + 128;
     Chosen* const chosen = reinterpret_cast<Chosen*>(order);
     i32* const counts = reinterpret_cast<i32*>(order + sizeof(Chosen));
     const int thread = static_cast<int>(threadIdx.x);
     // This thread's tile, with all that its blocks will ask for if it has one row: what is loaded for the order of the
-    // tiles is not loaded again behind it.
+    // tiles is not loaded again behind it. Read anew for every round: what is kept beside a tile takes its registers.
     int2 head = make_int2(-1, 0);
     int row = 0;
     const auto load = [&](int at) {
@@ -224,34 +227,37 @@ CUPY_LORA_DEVICE void work_in_order(Block& block, const Layer& layer, const Work
     const int beside = work.records < kSorted ? work.records : kSorted;
     if (thread < beside) load(thread);  // beside the count, not after it
     const int count = ptx::load_int(work.count);
+    if (thread >= beside && thread < count) load(thread);
+    int start = 0, round = 0;
 #pragma unroll 1
-    for (int start = 0; start < count; start += kSorted) {
-        if (start > 0) {
-            __syncthreads();
-            if constexpr (kCluster > 1) {
+    while (start < count) {
+        const Record own = work.weights(head.x);
+        Place mine;
+        const int positions = place_tile(mine, counts, start + thread < count && work.has(head.x) ? own.rank : 0);
+        const int at = position_in(round);
+        if (mine.first <= at && at < mine.last) *chosen = Chosen{start + thread, head.y, row, 0, own};
+        __syncthreads();
+        if (at < positions) {
+            const Chosen next = *chosen;
+            const int listed = next.rows > 1 ? ptx::load_int(work.tile(next.tile) + 8 + thread % 8) : next.row;
+            const Rows tile = tile_of_list(listed, next.rows, layer.tokens);
+            tile_of_rank(next.weights.rank, block, layer, tile, next.weights, y,
+                         layer.x + tile.row(thread % 32 / 4) * layer.x_stride, static_cast<const FirstX*>(nullptr));
+        }
+        __syncthreads();
+        ++round;
+        if (round * static_cast<int>(gridDim.x) >= positions) {
+            round = 0;
+            start += kSorted;
+            if (kCluster > 1 && start < count) {
                 if (!block.ex.joined) ptx::cluster_wait();
                 block.ex.joined = true;
                 ptx::cluster_arrive_relaxed();
                 ptx::cluster_wait();
             }
         }
-        if (start + thread < count && start + thread >= beside) load(start + thread);
-        const Record own = work.weights(head.x);
-        Place mine;
-        const int positions = place_tile(mine, counts, start + thread < count && work.has(head.x) ? own.rank : 0);
-#pragma unroll 1
-        for (int round = 0; round * static_cast<int>(gridDim.x) < positions; ++round) {
-            const int at = position_in(round);
-            if (mine.first <= at && at < mine.last) *chosen = Chosen{start + thread, head.y, row, 0, own};
-            __syncthreads();
-            if (at >= positions) continue;
-            const Chosen next = *chosen;
-            const int listed = next.rows > 1 ? ptx::load_int(work.tile(next.tile) + 8 + thread % kTileRows) : next.row;
-            fill_table(table_of(block_shared()), listed, next.row, next.rows, layer.tokens);
-            __syncthreads();
-            tile_of_rank(next.weights.rank, block, layer, Rows{next.rows, table_of(block_shared())}, next.weights, y,
-                         static_cast<const In*>(nullptr), static_cast<const FirstX*>(nullptr));
-        }
+        head = make_int2(-1, 0);
+        if (start + thread < count) load(start + thread);
     }
 }
 #endif

@@ -95,18 +95,21 @@ constexpr bool kStaged =
 template <int kRank>
 struct ExpandStaged {
     // Narrow units where a wide rank meets the sums of a whole tile, or other bodies in the kernel: registers.
-    static constexpr bool kNarrow = kRank > 64 || (kRank > 16 && (kCluster == 1 || kRankCount > 1));
-    static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
+    static constexpr int kTeam = team_of(kRank);
+    static constexpr bool kNarrow = kRank > 64 || (kRank > 16 && (kTeam == 1 || kRankCount > 1));
+    static constexpr int kDeal = kTeam * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
                          kUnit = 16 * kPairs;
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
     static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
-    static constexpr int kAhead = kMine < STAGES ? kMine : STAGES;
     using S = Slot<kRank, kPairs, kUnit, 8>;
+    // Beside other ranks, as many of its own units as fit where those of the widest do.
+    static constexpr int kSlotBytes = kRankCount > 1 ? S::kBytes : kStageBytes;
+    static constexpr int kFit = STAGES * kStageBytes / kSlotBytes, kAhead = kMine < kFit ? kMine : kFit;
     static constexpr int kInRun = S::kRun > 4 ? 2 : 1, kOperands = S::kGroups * kInRun;  // of four ranks a lane
     // Units that go to registers while v is on its way: where it is waited for, and leaves room for them.
     static constexpr int kFew = kMine > 4 ? 0 : kMine == 2 && kAhead == 2 && kWhole ? 2 : 1;
     static constexpr bool kRoom = kRank == 64 && kMine == 1 && sizeof(ColumnsOfB<Half>) == 16;
-    static constexpr int kEarly = kCluster == 1 ? 0 : kRank <= 16 ? kFew : kRoom ? 1 : 0;
+    static constexpr int kEarly = kTeam == 1 ? 0 : kSplit ? 0 : kRank <= 16 ? kFew : kRoom ? 1 : 0;
     static constexpr int kTaken = kEarly > 0 ? kEarly : 1;
     static_assert(S::kBytes <= kStageBytes, "the slots are laid out for the widest rank");
 
@@ -125,7 +128,7 @@ struct ExpandStaged {
 
     CUPY_LORA_DEVICE void request_unit(int unit) {
         const int lane = threadIdx.x % 32, column = first + unit * kDeal * kUnit;
-        unsigned char* const slot = slots + unit % kAhead * kStageBytes;
+        unsigned char* const slot = slots + unit % kAhead * kSlotBytes;
         if (unit < kMine) {
             constexpr int kBChunks = kUnit * kRank / 8;
 #pragma unroll
@@ -152,7 +155,7 @@ struct ExpandStaged {
         slots = stages + warp * STAGES * kStageBytes;
         rows = tile.rows;
         width = width_of(columns);
-        first = (static_cast<int>(blockIdx.x % kCluster) * kWarps + warp) * kUnit;
+        first = (static_cast<int>(blockIdx.x % kTeam) * kWarps + warp) * kUnit;
         b_from = b + static_cast<i64>(first) * kRank + lane * 8;
 #pragma unroll
         for (int j = 0; j < S::kYChunks / 4; ++j) {
@@ -171,7 +174,7 @@ struct ExpandStaged {
     CUPY_LORA_DEVICE const unsigned char* arrived(int unit) const {
         ptx::copy_async_wait<kAhead - 1>();
         __syncwarp();
-        return slots + unit % kAhead * kStageBytes;
+        return slots + unit % kAhead * kSlotBytes;
     }
 
     // The slot of `unit` has been read by this thread: its next unit overwrites it.
@@ -229,7 +232,7 @@ struct ExpandStaged {
             S::round(y, early_sum[unit]);
             store(y, unit);
         }
-#pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
+#pragma unroll(kMine <= 4 && !kSplit && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
         for (int unit = kEarly; unit < kMine; ++unit) {
             if (!kWhole && first + unit * kDeal * kUnit >= width) break;
             const unsigned char* const slot = arrived(unit);

@@ -14,7 +14,7 @@
 // others on an earlier tile: who is in the smaller team was in the larger. Between two orders the cluster meets.
 #pragma once
 
-#include "lora_ring.cuh"
+#include "lora_direct.cuh"
 
 constexpr int kSorted = kThreads;
 constexpr int kClasses = kRankCount + (kAnyRank ? 1 : 0);  // coded ranks, then those without code

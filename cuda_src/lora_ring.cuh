@@ -1,8 +1,7 @@
 // The ring form: a tile of kTileRows (16 to 64) rows of one adapter, staged through shared memory.
 //
-// A cluster of kCluster blocks works on one (tile, slice), or splits into teams that do (lora_order.cuh); in stages
-// that a ring of STAGES slots, more where a rank takes smaller ones, keeps in flight. The ring does not drain between
-// the two halves:
+// A cluster of kCluster blocks works on one (tile, slice), in stages that a ring of STAGES slots, more where a rank
+// takes smaller ones, keeps in flight. The ring does not drain between the two halves:
 //   shrink stage   kLeafWarps leaves of the tile's rows of x and of A
 //   expand stage   kColumns columns of the tile's rows of y and of B
 // The 8 or 16 warps share a shrink stage as (rank part, token part, leaf), an expand stage as (16 tokens, unit of
@@ -12,10 +11,9 @@
 // Shared memory of a slot, in 16-byte chunks, laid out so that no fragment load has bank conflicts:
 //   x, A  rows of one leaf, chunk ^ 4 * (row & 1) where a row is a multiple of 128 bytes
 //   B, y  RingSlot of lora_slots.cuh
-// Shared memory of the block: 128 for mbarriers | 256 for the table of rows | 32 a warp for the order of tiles
-// (clusters that split) | received of the direct form | shares and v (clusters) | parts: float [leaf warps *
-// passes][rows][rank + 4] and the slots, or the direct form's parts and v. `ring_shared_bytes` in
-// cupy_lora/_lora_plan.py is the same sum.
+// Shared memory of the block: 128 for mbarriers | 256 for the table of rows | received of the direct form | shares and
+// v (clusters) | parts: float [leaf warps * passes][rows][rank + 4] and the slots, or the direct form's parts and v.
+// `ring_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: those of lora_slots.cuh.
 #pragma once
@@ -26,14 +24,6 @@
 // Ranks of v of the widest: whole blocks of 16, those past the rank being zeros.
 constexpr CUPY_LORA_DEVICE int widest_ring_rank() { return chunk_of(widest_staged()); }
 
-// Blocks that share a tile of this rank: the cluster, or of one that splits, what the rank is of the widest.
-constexpr CUPY_LORA_DEVICE int team_of(int rank) {
-    constexpr int kWidestRank = widest_staged() > 0 ? widest_staged() : 1;
-    if (!kSplit || !slot_rank(rank)) return kCluster;
-    const int team = floor_power(kCluster * rank / kWidestRank);
-    return team > 0 ? team : 1;
-}
-
 template <int kRank>
 struct RingShape {
     static constexpr int kRows16 = chunk_of(kRank);
@@ -41,9 +31,8 @@ struct RingShape {
     static constexpr int kBlocks = kRows16 / 16 / kRankWarps;  // of 16 ranks, per warp
     static constexpr int kTokenWarps = kTileRows / 8 * kRankWarps > kWarps ? kWarps / kRankWarps : kTileRows / 8;
     static constexpr int kGroups = kTileRows / 8 / kTokenWarps;  // of 8 tokens, per warp
-    static constexpr int kTeam = team_of(kRank);
     static constexpr int kLeafWarps = kWarps / (kRankWarps * kTokenWarps);
-    static constexpr int kLeavesEach = kLeaves / (kTeam * kLeafWarps);
+    static constexpr int kLeavesEach = kLeaves / (kCluster * kLeafWarps);
     static constexpr int kTiles =
         kRank > 16 && (kTileRows == 16 || kWarps > 8) ? 2 : 4;  // of 8 columns, per warp and stage
     static constexpr int kTokenTiles = kTileRows / 16;
@@ -85,7 +74,7 @@ CUPY_LORA_DEVICE int further(int byte, int step, int chunks) {
 // What remote blocks write, and the barriers that count it: used by ring tiles only.
 struct RingExchange {
     u64* barriers;  // [2]: parts for this block's share of v; the whole v
-    float* shares;  // [team][share]
+    float* shares;  // [kCluster][share]
     float* v;       // [kTileRows][rank]
     u32 uses;
 };
@@ -137,12 +126,12 @@ CUPY_LORA_DEVICE void ring_exchange(RingExchange& rx, Exchange& ex, const float*
     using S = RingShape<kRank>;
     constexpr int kQuads = S::kRows16 / 4, kAll = kTileRows * kQuads;
     const u32 parity = rx.uses++ & 1;
-    if (threadIdx.x == 0) expect_shares<kAll, S::kTeam>(rx.barriers, rx.barriers + 1, rows * kQuads);
+    if (threadIdx.x == 0) expect_shares<kAll>(rx.barriers, rx.barriers + 1, rows * kQuads);
     if (!ex.joined) {
         ptx::cluster_wait();
         ex.joined = true;
     }
-    exchange_shares<kAll, S::kTeam>(
+    exchange_shares<kAll>(
         rx.barriers, parity, rx.barriers + 1, parity, rx.shares, rx.v, rows * kQuads,
         [&](int quad) { return ring_part<kRank>(parts, quad / kQuads, quad % kQuads * 4); }, [] {});
 }
@@ -164,11 +153,11 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     constexpr int kChunks = S::kLeafChunks, kSteps = Leaf<kIn>::kSteps;
     using E = typename S::Expand;
     const int width = width_of(layer.width);
-    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), S::kTeam);
-    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * S::kTeam) == 0;
+    const int expand_stages = ceil_div(ceil_div(width, S::kColumns), kCluster);
+    constexpr bool kWhole = kOneWidth && kWidest % (S::kColumns * kCluster) == 0;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4,
               t = lane % 4;
-    const int block = static_cast<int>(blockIdx.x % S::kTeam);
+    const int block = static_cast<int>(blockIdx.x % kCluster);
     float* const parts = reinterpret_cast<float*>(local);
     unsigned char* const ring = local + S::kPartBytes;
 
@@ -232,7 +221,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
 #pragma unroll
             for (int j = 0; j < kFroms; ++j) from[j] += kChunks * 8;
         } else if (stage_in < S::kLeavesEach + expand_stages) {
-            const int first = ((stage_in - S::kLeavesEach) * S::kTeam + block) * S::kColumns;  // column of the slice
+            const int first = ((stage_in - S::kLeavesEach) * kCluster + block) * S::kColumns;  // column of the slice
 #pragma unroll
             for (int j = 0; j < ceil_div(kBItems, kThreads); ++j) {
                 if ((kBItems % kThreads == 0 || thread + j * kThreads < kBItems) &&
@@ -245,9 +234,9 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
                 if (y_row + j * kThreads / kYChunks < tile.rows && (kWhole || first + y_chunk * 8 < width)) {
                     ptx::copy_async_16(slot_in + y_to + j * kThreads * 16, y_from[j]);
                 }
-                y_from[j] += S::kTeam * S::kColumns;
+                y_from[j] += kCluster * S::kColumns;
             }
-            b_from += S::kTeam * S::kColumns * kRank;
+            b_from += kCluster * S::kColumns * kRank;
         }
         ++stage_in;
         in = in + S::kSlotBytes == kRingBytes ? 0 : in + S::kSlotBytes;
@@ -332,7 +321,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         }
     }
     __syncthreads();
-    if constexpr (S::kTeam > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
+    if constexpr (kCluster > 1) ring_exchange<kRank>(rx, ex, parts, tile.rows);
 
     ptx::start_next();
 
@@ -342,7 +331,7 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
     typename E::V v;
     E::split(v, [&](int h, int rank) {
         float4 q;
-        if constexpr (S::kTeam > 1) {
+        if constexpr (kCluster > 1) {
             q = *reinterpret_cast<const float4*>(rx.v + (token0 + 8 * h) * S::kRows16 + rank);
         } else {
             q = ring_part<kRank>(parts, token0 + 8 * h, rank);
@@ -367,13 +356,13 @@ CUPY_LORA_DEVICE void ring_tile(RingExchange& rx, Exchange& ex, unsigned char* l
         for (int i = 0; i < S::kTogether; ++i) {
             const int stage = first + i;
             if (i > 0 && stage >= expand_stages) break;
-            const bool inside = kWhole || (stage * S::kTeam + block) * S::kColumns + my_column < width;
+            const bool inside = kWhole || (stage * kCluster + block) * S::kColumns + my_column < width;
             typename E::Y y_pair[2];
             E::multiply(y_pair, next_slot(), place, v);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 if (writes[h] && inside) y_pair[h].store(y_out[h], 8);
-                y_out[h] += S::kTeam * S::kColumns;
+                y_out[h] += kCluster * S::kColumns;
             }
         }
     }

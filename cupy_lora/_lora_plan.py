@@ -53,16 +53,16 @@ def _staged(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> lis
     return [rank for rank in ranks if staged_rank(rank)]
 
 
-def _half(cluster: int, chunk: int) -> int:
+def _half(cluster: int, chunk: int, split: bool) -> int:
     """Floats that other blocks write in an exchange of so many ranks: ``half_of`` of lora_exchange.cuh."""
-    rows = 8 if cluster <= 2 else min(8, 4 * _HOP_STORES // (chunk * (cluster - 2)))
+    rows = 0 if split else 8 if cluster <= 2 else min(8, 4 * _HOP_STORES // (chunk * (cluster - 2)))
     return max(cluster * rows, 8 if rows < 8 else 0) * chunk
 
 
 def _exchange_bytes(config: LoraConfig, chunks: tuple[int, ...]) -> tuple[int, int]:
     """Bytes that other blocks of the cluster write, and the block's own, without v and slots."""
     chunk = max(chunks)
-    received = 2 * 4 * max(_half(config.cluster, of) for of in chunks) if config.cluster > 1 else 0
+    received = 2 * 4 * max(_half(config.cluster, of, config.split) for of in chunks) if config.cluster > 1 else 0
     return received, config.warps * 8 * (chunk + 4) * 4 + 8 * chunk * 4
 
 
@@ -78,7 +78,8 @@ def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features:
     received, own = _exchange_bytes(config, (*chunks, *rest))
     kept = 8 * max(chunks) * 4 if rest else 0
     slots = config.warps * config.stages * stage_bytes(staged)
-    return 128 + received + own + kept + max(slots, _V_BYTES if holds_v else 0)
+    order = _ORDER_BYTES * config.warps if config.split else 0
+    return 128 + order + received + own + kept + max(slots, _V_BYTES if holds_v else 0)
 
 
 def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> int:
@@ -90,7 +91,7 @@ def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: i
     for rank in ring:
         slot, parts = ring_slot_bytes(config.rows, rank, in_features, config.warps)
         local = max(local, parts + config.stages * slot)
-    return 128 + 256 + (_ORDER_BYTES * config.warps if config.split else 0) + remote + local
+    return 128 + 256 + remote + local
 
 
 def _vectors(array: Array, columns: int) -> int:
@@ -330,7 +331,8 @@ def add_lora(
     )
     bound = batch.tile_bound(config.rows, tokens)
     tiles_of, counter, _ = batch.schedule(config.rows)
-    clusters = min(bound, clusters_at_once(config.cluster, facts) // len(widths)) if config.split else bound
+    at_once = clusters_at_once(config.cluster, facts, config.min_blocks) // len(widths)
+    clusters = min(bound, at_once) if config.split else bound
     grid = (max(1, clusters) * config.cluster, len(widths), 1)
     args = (
         x,

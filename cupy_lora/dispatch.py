@@ -129,7 +129,7 @@ class LoraConfig:
     min_blocks : int
         Blocks that must fit a multiprocessor, by their registers.
     split : bool
-        Whether tiles of lighter ranks take a part of a cluster each, the heaviest first; of the ring form.
+        Whether tiles of lighter ranks take a part of a cluster each, the heaviest first; of the direct form.
     """
 
     form: str
@@ -141,8 +141,8 @@ class LoraConfig:
     split: bool = False
 
     def __post_init__(self) -> None:
-        if self.split and self.form != "ring":
-            raise ValueError(f"split: expected the ring form, got {self.form!r}")
+        if self.split and self.form != "direct":
+            raise ValueError(f"split: expected the direct form, got {self.form!r}")
 
 
 def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
@@ -221,9 +221,9 @@ def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **o
         f"  {tiles} tiles (at most) of up to {config.rows} rows by {len(widths)} slices: {clusters} on {sms} SMs",
         f"  each by {blocks} of {config.warps} warps",
     ]
+    if config.split:
+        lines.append("  the heaviest tiles first; those of lighter ranks take a part of a cluster each")
     if config.form == "ring":
-        if config.split:
-            lines.append("  the heaviest tiles first; those of lighter ranks take a part of a cluster each")
         if staged_rank(rank):
             lines.append(f"  x, A, B and y stream through {config.stages} slots of shared memory")
         else:
@@ -275,9 +275,9 @@ def _choose(
         and 16 in tiles
     ):
         if len(ranks) > 1:
-            config = _choose_split(tiles[16] * slices, ranks, in_features, facts)
-            if config is not None:
-                return config
+            split = _choose_split(clusters, ranks, facts)
+            if split is not None:
+                return split
         # A and B stream through the ring without a gap; the direct form asks for as much as its registers hold.
         config = _ring(ranks, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
         if config.stages >= 5:
@@ -285,21 +285,20 @@ def _choose(
     return _direct(rank, clusters, facts, in_features, max(widths), alone=len(ranks) == 1)
 
 
-def _choose_split(clusters: int, ranks: frozenset[int], in_features: int, facts: DeviceFacts) -> LoraConfig | None:
-    """Clusters that split, the largest whose teams take little more than one round; else None.
+def _choose_split(clusters: int, ranks: frozenset[int], facts: DeviceFacts) -> LoraConfig | None:
+    """Clusters that split, the largest whose teams all run at once, two blocks a multiprocessor; else None.
 
     Each block then has the bytes of 64 / cluster ranks of a tile, whatever the tile's rank.
     """
-    for cluster in (4, 2):
+    for cluster in (8, 4):
         blocks = clusters * sum(team_of(rank, max(ranks), cluster) for rank in ranks) / len(ranks)
-        config = _ring(ranks, 16, cluster, in_features, facts, split=True)
-        if blocks <= 1.1 * cluster * clusters_at_once(cluster, facts) and config.stages >= 5:
-            return config
+        if blocks <= cluster * clusters_at_once(cluster, facts, 2):
+            return LoraConfig("direct", 8, cluster, 8, 1, 2, split=True)
     return None
 
 
 def team_of(rank: int, widest: int, cluster: int) -> int:
-    """Blocks that share a tile of this rank where clusters split: ``team_of`` of lora_ring.cuh."""
+    """Blocks that share a tile of this rank where clusters split: ``team_of`` of lora_exchange.cuh."""
     return 1 << max(1, cluster * rank // widest).bit_length() - 1 if staged_rank(rank) else cluster
 
 
@@ -339,9 +338,9 @@ def _choose_ring(
     return config if config.stages >= 3 else None
 
 
-def clusters_at_once(cluster: int, facts: DeviceFacts) -> int:
-    """Clusters of this size that run at once, one block a multiprocessor: 132, 66, 30, 15 and 7 on 132 of them."""
-    return max(1, facts.sm_count * 10 // {1: 10, 2: 20, 4: 44, 8: 88, 16: 188}[cluster])
+def clusters_at_once(cluster: int, facts: DeviceFacts, resident: int = 1) -> int:
+    """Clusters of this size that run at once, so many blocks a multiprocessor: by one 132, 66, 30, 15, 7 on 132."""
+    return resident * max(1, facts.sm_count * 10 // {1: 10, 2: 20, 4: 44, 8: 88, 16: 188}[cluster])
 
 
 def staged_rank(rank: int) -> bool:
@@ -366,16 +365,14 @@ def _power_rank(rank: int) -> bool:
     return rank in (8, 16, 32, 64)
 
 
-def _ring(
-    ranks: Collection[int], rows: int, cluster: int, in_features: int, facts: DeviceFacts, *, split: bool = False
-) -> LoraConfig:
+def _ring(ranks: Collection[int], rows: int, cluster: int, in_features: int, facts: DeviceFacts) -> LoraConfig:
     # The smaller ranks do not all take smaller slots.
     sizes = [ring_slot_bytes(rows, rank, in_features) for rank in ranks if staged_rank(rank)] or [(1, 0)]
     slot, parts = (max(column) for column in zip(*sizes, strict=True))
     chunk = max(chunk_of(rank) for rank in ranks)
     remote = 2 * (8 * cluster + rows) * chunk * 4 if cluster > 1 else 0
-    room = _shared_limit(facts) - (640 if split else 384) - remote - max(parts, 44 * 1024 - slot)
-    return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)), split=split)
+    room = _shared_limit(facts) - 384 - remote - max(parts, 44 * 1024 - slot)
+    return LoraConfig("ring", rows, cluster, 8, max(0, min(8, room // slot)))
 
 
 def chunk_of(rank: int) -> int:

@@ -172,29 +172,30 @@ def test_choices_follow_the_batch() -> None:
 
 
 def test_clusters_split_where_mixed_ranks_fill_one_round() -> None:
-    """By the blocks that the batch's teams take: 64 tiles of these four ranks take 128 of clusters of four."""
+    """By the blocks that the batch's teams take: 64 tiles of these four ranks take 240 of clusters of eight."""
     mixed = (8, 16, 32, 64)
 
     def choice(tokens: int, ranks: tuple[int, ...], **facts: int) -> tuple[bool, int]:
         config = dispatch.choose_lora(64, tokens, 4096, [4096], ranks=ranks, **facts)
         return config.split, config.cluster
 
-    assert choice(64, mixed) == (True, 4)
-    assert choice(96, mixed) == (True, 2)
+    assert choice(64, mixed) == (True, 8)
+    assert choice(96, mixed) == (True, 4)
     assert choice(64, (64,)) == (False, 2)
-    assert choice(64, (8, 64)) == (True, 2)
+    assert choice(64, (8, 64)) == (True, 4)
     assert not choice(512, mixed)[0]
     assert not choice(8, mixed)[0]
     assert not choice(64, mixed, arch=80)[0]
     assert [dispatch.team_of(rank, 64, 4) for rank in (8, 16, 32, 64, 7)] == [1, 1, 2, 4, 4]
     facts = DeviceFacts(90, 132)
     assert [dispatch.clusters_at_once(cluster, facts) for cluster in (1, 2, 4, 8, 16)] == [132, 66, 30, 15, 7]
+    assert dispatch.clusters_at_once(8, facts, 2) == 30
 
 
-def test_only_rings_split() -> None:
-    assert dispatch.LoraConfig("ring", 16, 4, 8, 4, split=True).split
-    with pytest.raises(ValueError, match="split: expected the ring form, got 'direct'"):
-        dispatch.LoraConfig("direct", 8, 4, 8, split=True)
+def test_only_the_direct_form_splits() -> None:
+    assert dispatch.LoraConfig("direct", 8, 4, 8, split=True).split
+    with pytest.raises(ValueError, match="split: expected the direct form, got 'ring'"):
+        dispatch.LoraConfig("ring", 16, 4, 8, 4, split=True)
 
 
 def test_explain_says_what_is_chosen() -> None:
