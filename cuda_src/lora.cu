@@ -4,19 +4,14 @@
 //   x (tokens, in), y (tokens, sum of the slices' widths), A (rank, in), B (width, rank)
 //
 // Grid: x = clusters of CLUSTER blocks that take tiles in turn (any number of them is right, as many as
-// there are tiles is fastest; where clusters split, as many as fit at once), y = slices. Block: 32 * WARPS threads. A
-// tile is up to TILE_ROWS tokens of one slot, listed by build_tiles (lora_batch.cu). The forms are described in
-// lora_direct.cuh and lora_ring.cuh; both give the same bits (lora_math.cuh).
+// there are tiles is fastest), y = slices. Block: 32 * WARPS threads. A tile is up to TILE_ROWS tokens of
+// one slot, listed by build_tiles (lora_batch.cu). The forms are described in lora_direct.cuh and
+// lora_ring.cuh; both give the same bits (lora_math.cuh).
 //
 // Preconditions: CLUSTER > 1 needs sm_90. Slots that the table does not have and rows from `tokens` on are skipped.
 #include "lora_direct.cuh"
 #if TILE_ROWS > 8
 #include "lora_ring.cuh"
-#endif
-#if SPLIT
-#include "lora_order.cuh"
-#elif TILE_ROWS <= 8
-constexpr int kOrderBytes = 0;
 #endif
 
 // One tile of one slice by the direct form; kRank 0: the rank is known at run time only.
@@ -26,19 +21,19 @@ CUPY_LORA_DEVICE void direct_tile(Exchange& ex, const Layer& layer, const Tile& 
     const int g = threadIdx.x % 32 / 4;
     const float scale = w.scale * layer.scale;
     if constexpr (kStaged<kRank>) {
-        constexpr int kWidth = chunk_of(kRank), kTeam = team_of(kRank);
+        constexpr int kWidth = chunk_of(kRank);
         constexpr bool kOpens = Leaf<kIn>::kExact && kRank <= kWidth;  // while the loads are under way: by registers
         ExpandStaged<kRank> expand;
-        shrink_leaves<kWidth / 16, kShrinkBudget, true, kTeam>(
+        shrink_leaves<kWidth / 16, kShrinkBudget, true>(
             ex, x_row, w.a, kRank,
             [&] {
                 expand.request(ex.stages, tile, y, layer.y_stride, w.b, layer.width);
-                if constexpr (kOpens) open_exchange<kWidth, kTeam>(ex, tile.rows);
+                if constexpr (kOpens) open_exchange<kWidth>(ex, tile.rows);
             },
             first_x);
         __syncthreads();
-        if constexpr (!kOpens) open_exchange<kWidth, kTeam>(ex, tile.rows);
-        exchange_parts<kWidth, kTeam>(ex, tile.rows, [&] { expand.take_early(); });
+        if constexpr (!kOpens) open_exchange<kWidth>(ex, tile.rows);
+        exchange_parts<kWidth>(ex, tile.rows, [&] { expand.take_early(); });
         const auto scaled = [&](float4 q) { return make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale); };
         if constexpr (kRank > kWidth) {
             constexpr int kRest = rest_of(kRank);
@@ -72,12 +67,6 @@ using Rows = Tile;
 #endif
 
 constexpr int kStartBarriers = kExchangeBarriers + (TILE_ROWS > 8 ? 2 : 0);
-// Behind the barriers: the table of rows (ring) or the order of tiles (clusters that split).
-#if TILE_ROWS > 8
-constexpr int kReceivedAt = 128 + kTableBytes;
-#else
-constexpr int kReceivedAt = 128 + kOrderBytes;
-#endif
 
 // What a block works with; all but a few bits of it are addresses.
 struct Block {
@@ -90,14 +79,14 @@ struct Block {
 
 CUPY_LORA_DEVICE Block block_at(unsigned char* shared, u32 state) {
     const ExchangeState exchange{state & 3, state >> 3 & 1, (state & 4) != 0};
-    unsigned char* const received = shared + kReceivedAt;
 #if TILE_ROWS > 8
+    unsigned char* const received = shared + 128 + kTableBytes;
     unsigned char* const remote = received + kReceivedBytes;
     unsigned char* const local = remote + kRingRemoteBytes;
     return Block{exchange_at(shared, received, local, exchange),
                  ring_at(shared + 8 * kExchangeBarriers, remote, state >> 4), local};
 #else
-    return Block{exchange_at(shared, received, received + kReceivedBytes, exchange)};
+    return Block{exchange_at(shared, exchange)};
 #endif
 }
 
@@ -195,7 +184,7 @@ struct Work {
     const Record* table;  // of this slice; a slot's is kSlices further than the one before's
     const i32* tiles;     // head (slot, rows) and, 8 ints further, the rows of each
     const i32* count;
-    i32 slots, records;  // `records`: of `tiles`, whatever the count; there may be more
+    i32 slots;
 
     static constexpr int kStride = 8 + kTileRows;
     CUPY_LORA_DEVICE const i32* tile(int at) const { return tiles + static_cast<i64>(at) * kStride; }
@@ -209,63 +198,9 @@ struct Work {
     }
 };
 
-#if SPLIT
-// All of this block's tiles where clusters split (lora_order.cuh).
-CUPY_LORA_DEVICE void work_in_order(Block& block, const Layer& layer, const Work& work, Out* y) {
-    unsigned char* const order = block_shared() + 128;
-    Chosen* const chosen = reinterpret_cast<Chosen*>(order);
-    i32* const counts = reinterpret_cast<i32*>(order + sizeof(Chosen));
-    const int thread = static_cast<int>(threadIdx.x);
-    // This thread's tile, with all that its blocks will ask for if it has one row: what is loaded for the order of the
-    // tiles is not loaded again behind it. Read anew for every round: what is kept beside a tile takes its registers.
-    int2 head = make_int2(-1, 0);
-    int row = 0;
-    const auto load = [&](int at) {
-        head = ptx::load_int2(work.tile(at));
-        row = ptx::load_int(work.tile(at) + 8);
-    };
-    const int beside = work.records < kSorted ? work.records : kSorted;
-    if (thread < beside) load(thread);  // beside the count, not after it
-    const int count = ptx::load_int(work.count);
-    if (thread >= beside && thread < count) load(thread);
-    int start = 0, round = 0;
-#pragma unroll 1
-    while (start < count) {
-        const Record own = work.weights(head.x);
-        Place mine;
-        const int positions = place_tile(mine, counts, start + thread < count && work.has(head.x) ? own.rank : 0);
-        const int at = position_in(round);
-        if (mine.first <= at && at < mine.last) *chosen = Chosen{start + thread, head.y, row, 0, own};
-        __syncthreads();
-        if (at < positions) {
-            const Chosen next = *chosen;
-            const int listed = next.rows > 1 ? ptx::load_int(work.tile(next.tile) + 8 + thread % 8) : next.row;
-            const Rows tile = tile_of_list(listed, next.rows, layer.tokens);
-            tile_of_rank(next.weights.rank, block, layer, tile, next.weights, y,
-                         layer.x + tile.row(thread % 32 / 4) * layer.x_stride, static_cast<const FirstX*>(nullptr));
-        }
-        __syncthreads();
-        ++round;
-        if (round * static_cast<int>(gridDim.x) >= positions) {
-            round = 0;
-            start += kSorted;
-            if (kCluster > 1 && start < count) {
-                if (!block.ex.joined) ptx::cluster_wait();
-                block.ex.joined = true;
-                ptx::cluster_arrive_relaxed();
-                ptx::cluster_wait();
-            }
-        }
-        head = make_int2(-1, 0);
-        if (start + thread < count) load(start + thread);
-    }
-}
-#endif
-
 extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
     add_lora(const In* __restrict__ x, Out* y, const Record* __restrict__ table, const i32* __restrict__ tiles,
-             const i32* __restrict__ tile_count, i32 tokens, i32 slots, i32 records, u32 x_stride, u32 y_stride,
-             float scale) {
+             const i32* __restrict__ tile_count, i32 tokens, i32 slots, u32 x_stride, u32 y_stride, float scale) {
     ptx::begin_launch(false);
     unsigned char* const shared = block_shared();
     const int slice = static_cast<int>(blockIdx.y);
@@ -276,13 +211,7 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         if (slice >= s) offset += kWidths[s - 1], width = kWidths[s];
     }
     const Layer layer{x, y, x_stride, y_stride, tokens, scale, width};
-    const Work work{table + slice, tiles, tile_count, slots, records};
-#if SPLIT
-    start_barriers(shared, kStartBarriers);
-    Block block = block_at(shared, kCluster == 1 ? 4 : 0);
-    if constexpr (kCluster > 1) ptx::cluster_arrive_relaxed();
-    work_in_order(block, layer, work, y + offset);
-#else
+    const Work work{table + slice, tiles, tile_count, slots};
     int at = static_cast<int>(blockIdx.x) / kCluster;
     const int step = static_cast<int>(gridDim.x) / kCluster;
     // The first record is read beside the count, not after it: the grid is within the capacity.
@@ -327,7 +256,6 @@ extern "C" __global__ void LAYER_CLUSTER __launch_bounds__(kThreads, MIN_BLOCKS)
         __syncthreads();  // the next tile's parts overwrite this one's
 #endif
     }
-#endif
     if constexpr (kCluster > 1) {
         if (!block.ex.joined) ptx::cluster_wait();
     }

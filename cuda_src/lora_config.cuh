@@ -8,7 +8,6 @@
 //                          takes the path with run-time loops (ANY_RANK=1) or cannot occur (ANY_RANK=0)
 //   PHASE                  0 fused, 1 shrink only, 2 expand only
 //   CLUSTER, WARPS         blocks that share a tile, warps per block
-//   SPLIT                  1: tiles of lighter ranks take a part of a cluster each, the heaviest first (direct form)
 //   STAGES                 slots of the ring, or units of B and y that a warp has in flight
 //   MIN_BLOCKS             blocks that must fit a multiprocessor, by their registers
 //   TILE_ROWS              rows of a tile
@@ -31,7 +30,6 @@ constexpr int kRankCount = sizeof(kRanks) / sizeof(int);
 constexpr bool kAnyRank = ANY_RANK;
 constexpr int kCluster = CLUSTER;
 constexpr int kWarps = WARPS;
-constexpr bool kSplit = SPLIT;
 constexpr int kTileRows = TILE_ROWS;
 constexpr bool kXVectors = X_VECTORS, kAVectors = A_VECTORS, kBVectors = B_VECTORS, kYVectors = Y_VECTORS;
 constexpr bool kTransposed = TRANSPOSED;
@@ -45,7 +43,6 @@ constexpr bool kAddToY = ADD;
 
 constexpr int kMaxRank = 1024;  // of a fused layer: its v is kept in shared memory
 
-static_assert(!kSplit || kTileRows <= 8, "the ring form does not split");
 static_assert(kCluster * kWarps <= 64 && 64 % (kCluster * kWarps) == 0, "blocks times warps must divide the leaves");
 
 // Ranks of one exchange, for a rank known at compile time: whole groups of four runs, at most 64.

@@ -1,6 +1,6 @@
 // The direct form: a tile of up to 8 rows of one adapter, everything by 16-byte loads into registers.
 //
-// A cluster of kCluster blocks of kWarps warps, or a team of them (lora_order.cuh), works on one (tile, slice):
+// A cluster of kCluster blocks of kWarps warps works on one (tile, slice):
 //   shrink    the 64 leaves of K are dealt to blocks, then warps; a warp multiplies 16 ranks (the
 //             16-row operand) by 8 tokens (the 8-wide one) and leaves its part of v in shared memory
 //   exchange  each block sums its warps' parts and sends the result to every block of the cluster
@@ -10,10 +10,10 @@
 // B and y, where the rank and the alignment allow it, to shared memory: in registers they would cost the block
 // its occupancy, and the assembler moves such loads behind the products (10.0 instead of 7 us at 64 adapters).
 //
-// Shared memory (bytes): 128 for mbarriers | 32 a warp for the order of tiles (clusters that split) | received: float
-// [2][kHalf] of lora_exchange.cuh (clusters) | parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] (twice
-// for staged ranks above 64) | v: float [8][kMaxRank + 4] (ranks that are not staged) or slots: [kWarps][STAGES] of
-// kStageBytes (ranks that are). `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
+// Shared memory (bytes): 128 for mbarriers | received: float [2][kHalf] of lora_exchange.cuh (clusters) |
+// parts: float [kWarps][8][kChunk + 4] | whole: float [8][kChunk] (twice for staged ranks above 64) | v: float
+// [8][kMaxRank + 4] (ranks that are not staged) or slots: [kWarps][STAGES] of kStageBytes (ranks that are).
+// `direct_shared_bytes` in cupy_lora/_lora_plan.py is the same sum.
 //
 // Preconditions: kCluster * kWarps <= 64, both powers of two.
 #pragma once
@@ -46,11 +46,11 @@ struct FirstX {
 // `then` is called once the first batch is requested: what is needed later is requested behind it (kRequests). The sums
 // start from a zero that is read from shared memory after that, because the assembler would otherwise put the first
 // products, and their wait for x and A, ahead of copies that nothing seems to need.
-template <int kBlocks, int kBudget, bool kRequests = false, int kTeam = kCluster, class Then>
+template <int kBlocks, int kBudget, bool kRequests = false, class Then>
 CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const Half* a, int ranks, const Then& then,
                                     const FirstX* first_x = nullptr) {
     constexpr int kWidth = 16 * kBlocks;
-    constexpr int kMine = kLeaves / (kTeam * kWarps);  // leaves per warp
+    constexpr int kMine = kLeaves / (kCluster * kWarps);  // leaves per warp
     constexpr int kSteps = Leaf<kIn>::kSteps;
     // Steps in flight together; fewer beside the many pending sums of a wide rank in few warps.
     constexpr int kFull = kBudget / (4 + 8 * kBlocks);
@@ -61,7 +61,7 @@ CUPY_LORA_DEVICE void shrink_leaves(const Exchange& ex, const Half* x_row, const
     // Not where predicates or further batches take the registers that the loads in flight would hold.
     constexpr bool kStays = kRequests && Leaf<kIn>::kExact && kBatch == kMine;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int first_column = ((blockIdx.x % kTeam) * kWarps + warp) * kMine * Leaf<kIn>::kColumns + 8 * t;
+    const int first_column = ((blockIdx.x % kCluster) * kWarps + warp) * kMine * Leaf<kIn>::kColumns + 8 * t;
     const Half* x_at = x_row + first_column;
     const Half* a_at = a + static_cast<i64>(g) * kARow + static_cast<i64>(first_column) * kAColumn;
     int left = kIn - first_column;  // columns from here on

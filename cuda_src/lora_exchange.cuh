@@ -1,12 +1,10 @@
-// How the blocks of a cluster, or of one that splits the team that shares a tile (lora_order.cuh), bring their parts of
-// v together, for tiles of 8 rows.
+// How the blocks of a cluster bring their parts of v together, for tiles of 8 rows.
 //
 // Each warp leaves its part in shared memory; each block sums its warps' parts and sends the sum to every block
 // of the cluster (all at once: 16-byte stores that count on the receiver's mbarrier), and all sum what they got.
 // Where that is many stores they go in two hops: each block gets its share of v only, sums that and sends it to all.
 // The sums are the upper levels of the tree of lora_math.cuh. Two halves take turns, so that a block may send
-// the next part while another still reads this one: nobody sends twice before all have read once. Teams always take two
-// hops and one half: blocks that meet in one may have had different numbers of exchanges before.
+// the next part while another still reads this one: nobody sends twice before all have read once.
 #pragma once
 
 #include "lora_slots.cuh"
@@ -16,17 +14,6 @@ constexpr int kThreads = 32 * kWarps;
 CUPY_LORA_DEVICE unsigned char* block_shared() {
     CUPY_LORA_SHARED(shared);
     return shared;
-}
-
-constexpr CUPY_LORA_DEVICE int widest_staged() {
-    int widest = 0;
-    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
-    return widest;
-}
-// Blocks that share a tile of this rank: the cluster, or of one that splits, what the rank is of the widest.
-constexpr CUPY_LORA_DEVICE int team_of(int rank) {
-    const int widest = widest_staged(), team = floor_power(kCluster * rank / (widest > 0 ? widest : 1));
-    return !kSplit || !slot_rank(rank) ? kCluster : team > 0 ? team : 1;
 }
 
 // What the two phases exchange, and where in shared memory.
@@ -54,7 +41,6 @@ constexpr CUPY_LORA_DEVICE int rest_of(int rank) {
 constexpr int kHopStores = 400;
 // Most rows of a tile whose parts take one hop.
 constexpr CUPY_LORA_DEVICE int one_hop_rows(int width) {
-    if (kSplit && kCluster > 1) return 0;
     const int rows = kCluster <= 2 || width == 0 ? 8 : 4 * kHopStores / (width * (kCluster - 2));
     return rows < 8 ? rows : 8;
 }
@@ -87,6 +73,11 @@ constexpr CUPY_LORA_DEVICE bool any_two_hops() {
     return any;
 }
 constexpr int kExchangeBarriers = any_two_hops() ? 3 : 2;
+constexpr CUPY_LORA_DEVICE int widest_staged() {
+    int widest = 0;
+    for (int i = 0; i < kRankCount; ++i) widest = slot_rank(kRanks[i]) && kRanks[i] > widest ? kRanks[i] : widest;
+    return widest;
+}
 // Of a slot: 64 columns of B and of 8 rows of y, half as many of a rank above 64.
 constexpr CUPY_LORA_DEVICE int slot_bytes(int rank) { return (rank > 64 ? 32 : 64) * (rank + 8) * 2; }
 constexpr CUPY_LORA_DEVICE int widest_slot() {
@@ -182,70 +173,66 @@ CUPY_LORA_DEVICE void send_quad(float* to, float4 v, u64* barrier, int peer) {
     ptx::store_async_16(ptx::map_shared(to, peer), bits, ptx::map_shared(barrier, peer));
 }
 
-// ---- two hops: of v's quads (at most kQuads), block b of the kTeam that share a tile sums the b-th share
+// ---- two hops: of v's quads (at most kQuads), block b sums the b-th share
 //
 // Whoever has all of v knows that each block is done with the v before (it has sent its parts since) and with its
-// shares (one thread read each for all). So both may be written for the next tile at once, by a team of this size or
-// one within this team (lora_order.cuh).
+// shares (one thread read each for all). So both may be written for the next tile at once.
 
 // Quads of this block's share.
-template <int kQuads, int kTeam>
+template <int kQuads>
 CUPY_LORA_DEVICE int own_share(int quads) {
-    constexpr int kShare = kQuads / kTeam;
-    static_assert(kQuads % kTeam == 0, "the shares are whole quads");
-    const int left = quads - static_cast<int>(blockIdx.x % kTeam) * kShare;
+    constexpr int kShare = kQuads / kCluster;
+    static_assert(kQuads % kCluster == 0, "the shares are whole quads");
+    const int left = quads - static_cast<int>(blockIdx.x % kCluster) * kShare;
     return left < 0 ? 0 : left > kShare ? kShare : left;
 }
 
 // By one thread: what the two barriers will count.
-template <int kQuads, int kTeam = kCluster>
+template <int kQuads>
 CUPY_LORA_DEVICE void expect_shares(u64* gathered, u64* spread, int quads) {
-    ptx::mbarrier_expect(gathered, static_cast<u32>(own_share<kQuads, kTeam>(quads) * 16 * kTeam));
+    ptx::mbarrier_expect(gathered, static_cast<u32>(own_share<kQuads>(quads) * 16 * kCluster));
     ptx::mbarrier_expect(spread, static_cast<u32>(quads * 16));
 }
 
-// part(quad): of this block. `shares`: [kTeam][share]; `whole` gets all of v.
-template <int kQuads, int kTeam = kCluster, class Part, class Meanwhile>
+// part(quad): of this block. `shares`: [kCluster][share]; `whole` gets all of v.
+template <int kQuads, class Part, class Meanwhile>
 CUPY_LORA_DEVICE void exchange_shares(u64* gathered, u32 gathered_parity, u64* spread, u32 spread_parity, float* shares,
                                       float* whole, int quads, const Part& part, const Meanwhile& meanwhile) {
-    constexpr int kShare = kQuads / kTeam;
-    const int block = static_cast<int>(blockIdx.x % kTeam), thread = static_cast<int>(threadIdx.x);
-    const int team = static_cast<int>(blockIdx.x % kCluster) - block;  // its first block, in the cluster
+    constexpr int kShare = kQuads / kCluster;
+    const int block = static_cast<int>(blockIdx.x % kCluster), thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
     for (int first = 0; first < kQuads; first += kThreads) {  // a constant: for 8 rows it is one turn
         const int e = first + thread;
-        if (e < quads) send_quad(shares + (block * kShare + e % kShare) * 4, part(e), gathered, team + e / kShare);
+        if (e < quads) send_quad(shares + (block * kShare + e % kShare) * 4, part(e), gathered, e / kShare);
     }
-    const int mine = own_share<kQuads, kTeam>(quads);
+    const int mine = own_share<kQuads>(quads);
     ptx::mbarrier_wait(gathered, gathered_parity);
 #pragma unroll 1
     for (int first = 0; first < kQuads; first += kThreads) {
-        const int item = first + thread, e = item / kTeam, peer = item % kTeam;
+        const int item = first + thread, e = item / kCluster, peer = item % kCluster;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
         if (e < mine && peer == 0) {
-            sum = tree_sum<kTeam>(
+            sum = tree_sum<kCluster>(
                 [&](int from) { return *reinterpret_cast<const float4*>(shares + (from * kShare + e) * 4); });
         }
         const auto to_peers = [&](float v) { return __shfl_sync(0xffffffffu, v, thread % 32 - peer); };
         sum = make_float4(to_peers(sum.x), to_peers(sum.y), to_peers(sum.z), to_peers(sum.w));
-        if (e < mine) send_quad(whole + (block * kShare + e) * 4, sum, spread, team + peer);
+        if (e < mine) send_quad(whole + (block * kShare + e) * 4, sum, spread, peer);
     }
     meanwhile();
     ptx::mbarrier_wait(spread, spread_parity);
 }
 
 // ---- the exchange of a tile of 8 rows
-CUPY_LORA_DEVICE u32 half_in_use(const Exchange& ex) { return kSplit ? 0 : ex.uses & 1; }
-
 // Ahead of it, while x and A are on their way: the barriers learn what they will count, and the other blocks are known
 // to run. `kWidth` and `rows` are those of exchange_parts.
-template <int kWidth, int kTeam = kCluster>
+template <int kWidth>
 CUPY_LORA_DEVICE void open_exchange(Exchange& ex, int rows) {
-    if constexpr (kTeam > 1) {
-        u64* const barrier = ex.barriers + half_in_use(ex);
+    if constexpr (kCluster > 1) {
+        u64* const barrier = ex.barriers + (ex.uses & 1);
         if (threadIdx.x == 0) {
             if (kOneHopRows<kWidth> != 8 && rows > kOneHopRows<kWidth>) {
-                expect_shares<2 * kWidth, kTeam>(barrier, ex.barriers + 2, rows * (kWidth / 4));
+                expect_shares<2 * kWidth>(barrier, ex.barriers + 2, rows * (kWidth / 4));
             } else {
                 ptx::mbarrier_expect(barrier, static_cast<u32>(rows * kWidth * 4 * kCluster));
             }
@@ -282,10 +269,10 @@ CUPY_LORA_DEVICE void send_parts(const Exchange& ex, u32 half, int rows) {
 // After this block's parts are in shared memory and the block has synchronised: sends their sum to the
 // cluster and waits for the others'. `kWidth` is the caller's chunk (at most kChunk). `meanwhile` is called once this
 // block's are on their way.
-template <int kWidth, int kTeam = kCluster, class Meanwhile>
+template <int kWidth, class Meanwhile>
 CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows, const Meanwhile& meanwhile) {
-    if constexpr (kTeam > 1) {
-        const u32 half = half_in_use(ex), parity = (kSplit ? ex.uses : ex.uses >> 1) & 1;
+    if constexpr (kCluster > 1) {
+        const u32 half = ex.uses & 1, parity = ex.uses >> 1 & 1;
         ++ex.uses;
         u64* const barrier = ex.barriers + half;
         if constexpr (kOneHopRows<kWidth> != 8) {
@@ -294,21 +281,18 @@ CUPY_LORA_DEVICE void exchange_parts(Exchange& ex, int rows, const Meanwhile& me
                 const auto part = [&](int quad) {
                     return part_sum<kWidth>(ex, quad / (kWidth / 4), quad % (kWidth / 4) * 4);
                 };
-                exchange_shares<2 * kWidth, kTeam>(barrier, parity, ex.barriers + 2, ex.hops & 1,
-                                                   ex.received + half * kHalf, ex.whole, rows * (kWidth / 4), part,
-                                                   meanwhile);
+                exchange_shares<2 * kWidth>(barrier, parity, ex.barriers + 2, ex.hops & 1, ex.received + half * kHalf,
+                                            ex.whole, rows * (kWidth / 4), part, meanwhile);
                 ++ex.hops;
                 return;
             }
         }
-        if constexpr (!kSplit) {
-            send_parts<kWidth>(ex, half, rows);
-            meanwhile();
-            ptx::mbarrier_wait(barrier, parity);
-            if constexpr (!kReadParts<kWidth>) {
-                sum_quads<kWidth>(ex, rows, ex.whole,
-                                  [&](int token, int rank) { return received<kWidth>(ex, half, token, rank); });
-            }
+        send_parts<kWidth>(ex, half, rows);
+        meanwhile();
+        ptx::mbarrier_wait(barrier, parity);
+        if constexpr (!kReadParts<kWidth>) {
+            sum_quads<kWidth>(ex, rows, ex.whole,
+                              [&](int token, int rank) { return received<kWidth>(ex, half, token, rank); });
         }
     } else {
         meanwhile();

@@ -95,9 +95,8 @@ constexpr bool kStaged =
 template <int kRank>
 struct ExpandStaged {
     // Narrow units where a wide rank meets the sums of a whole tile, or other bodies in the kernel: registers.
-    static constexpr int kTeam = team_of(kRank);
-    static constexpr bool kNarrow = kRank > 64 || (kRank > 16 && (kTeam == 1 || kRankCount > 1));
-    static constexpr int kDeal = kTeam * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
+    static constexpr bool kNarrow = kRank > 64 || (kRank > 16 && (kCluster == 1 || kRankCount > 1));
+    static constexpr int kDeal = kCluster * kWarps, kPairs = kWidest / kDeal >= 64 && !kNarrow ? 4 : 2,
                          kUnit = 16 * kPairs;
     static constexpr int kUnits = ceil_div(kWidest, kUnit), kMine = ceil_div(kUnits, kDeal);  // unit u: warp u % kDeal
     static constexpr bool kWhole = kOneWidth && kWidest % (kUnit * kDeal) == 0;
@@ -109,7 +108,7 @@ struct ExpandStaged {
     // Units that go to registers while v is on its way: where it is waited for, and leaves room for them.
     static constexpr int kFew = kMine > 4 ? 0 : kMine == 2 && kAhead == 2 && kWhole ? 2 : 1;
     static constexpr bool kRoom = kRank == 64 && kMine == 1 && sizeof(ColumnsOfB<Half>) == 16;
-    static constexpr int kEarly = kTeam == 1 ? 0 : kSplit ? 0 : kRank <= 16 ? kFew : kRoom ? 1 : 0;
+    static constexpr int kEarly = kCluster == 1 ? 0 : kRank <= 16 ? kFew : kRoom ? 1 : 0;
     static constexpr int kTaken = kEarly > 0 ? kEarly : 1;
     static_assert(S::kBytes <= kStageBytes, "the slots are laid out for the widest rank");
 
@@ -155,7 +154,7 @@ struct ExpandStaged {
         slots = stages + warp * STAGES * kStageBytes;
         rows = tile.rows;
         width = width_of(columns);
-        first = (static_cast<int>(blockIdx.x % kTeam) * kWarps + warp) * kUnit;
+        first = (static_cast<int>(blockIdx.x % kCluster) * kWarps + warp) * kUnit;
         b_from = b + static_cast<i64>(first) * kRank + lane * 8;
 #pragma unroll
         for (int j = 0; j < S::kYChunks / 4; ++j) {
@@ -232,7 +231,7 @@ struct ExpandStaged {
             S::round(y, early_sum[unit]);
             store(y, unit);
         }
-#pragma unroll(kMine <= 4 && !kSplit && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
+#pragma unroll(kMine <= 4 && (kRank <= 16 || (kOneWidth && kRankCount == 1)) ? kMine : 1)  // by registers
         for (int unit = kEarly; unit < kMine; ++unit) {
             if (!kWhole && first + unit * kDeal * kUnit >= width) break;
             const unsigned char* const slot = arrived(unit);

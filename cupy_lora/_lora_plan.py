@@ -15,7 +15,6 @@ from .dispatch import (
     choose_halves,
     choose_lora,
     chunk_of,
-    clusters_at_once,
     ring_slot_bytes,
     staged_alone,
     staged_rank,
@@ -53,20 +52,19 @@ def _staged(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> lis
     return [rank for rank in ranks if staged_rank(rank)]
 
 
-def _half(cluster: int, chunk: int, split: bool) -> int:
+def _half(cluster: int, chunk: int) -> int:
     """Floats that other blocks write in an exchange of so many ranks: ``half_of`` of lora_exchange.cuh."""
-    rows = 0 if split else 8 if cluster <= 2 else min(8, 4 * _HOP_STORES // (chunk * (cluster - 2)))
+    rows = 8 if cluster <= 2 else min(8, 4 * _HOP_STORES // (chunk * (cluster - 2)))
     return max(cluster * rows, 8 if rows < 8 else 0) * chunk
 
 
 def _exchange_bytes(config: LoraConfig, chunks: tuple[int, ...]) -> tuple[int, int]:
     """Bytes that other blocks of the cluster write, and the block's own, without v and slots."""
     chunk = max(chunks)
-    received = 2 * 4 * max(_half(config.cluster, of, config.split) for of in chunks) if config.cluster > 1 else 0
+    received = 2 * 4 * max(_half(config.cluster, of) for of in chunks) if config.cluster > 1 else 0
     return received, config.warps * 8 * (chunk + 4) * 4 + 8 * chunk * 4
 
 
-_ORDER_BYTES: Final = 32  # of a warp: kOrderBytes of lora_order.cuh
 _V_BYTES: Final = 8 * (_MAX_RANK_SHARED + 4) * 4
 
 
@@ -78,8 +76,7 @@ def direct_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features:
     received, own = _exchange_bytes(config, (*chunks, *rest))
     kept = 8 * max(chunks) * 4 if rest else 0
     slots = config.warps * config.stages * stage_bytes(staged)
-    order = _ORDER_BYTES * config.warps if config.split else 0
-    return 128 + order + received + own + kept + max(slots, _V_BYTES if holds_v else 0)
+    return 128 + received + own + kept + max(slots, _V_BYTES if holds_v else 0)
 
 
 def ring_shared_bytes(config: LoraConfig, ranks: tuple[int, ...], in_features: int) -> int:
@@ -112,7 +109,6 @@ def _defines(config: LoraConfig, **values: int | str) -> Defines:
         "TILE_ROWS": config.rows,
         "STAGES": max(1, config.stages),
         "MIN_BLOCKS": config.min_blocks,
-        "SPLIT": int(config.split),
         **values,
     }
     return tuple(sorted(values.items()))
@@ -331,9 +327,7 @@ def add_lora(
     )
     bound = batch.tile_bound(config.rows, tokens)
     tiles_of, counter, _ = batch.schedule(config.rows)
-    at_once = clusters_at_once(config.cluster, facts, config.min_blocks) // len(widths)
-    clusters = min(bound, at_once) if config.split else bound
-    grid = (max(1, clusters) * config.cluster, len(widths), 1)
+    grid = (max(1, bound) * config.cluster, len(widths), 1)
     args = (
         x,
         y,
@@ -342,7 +336,6 @@ def add_lora(
         counter,
         np.int32(tokens),
         np.int32(weights.max_adapters),
-        np.int32(bound),
     )
     strides = (np.uint32(_row_stride(x)), np.uint32(_row_stride(y)))
     return Launch(kernel, grid, (*args, *strides, np.float32(scale)))

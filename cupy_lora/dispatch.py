@@ -128,8 +128,6 @@ class LoraConfig:
         Slots of the ring; in the direct form, units of B and y that a warp has in flight.
     min_blocks : int
         Blocks that must fit a multiprocessor, by their registers.
-    split : bool
-        Whether tiles of lighter ranks take a part of a cluster each, the heaviest first; of the direct form.
     """
 
     form: str
@@ -138,11 +136,6 @@ class LoraConfig:
     warps: int
     stages: int = 2
     min_blocks: int = 1
-    split: bool = False
-
-    def __post_init__(self) -> None:
-        if self.split and self.form != "direct":
-            raise ValueError(f"split: expected the direct form, got {self.form!r}")
 
 
 def choose_halves(rank: int, tiles: int, facts: DeviceFacts) -> LoraConfig:
@@ -221,8 +214,6 @@ def explain(rank: int, tokens: int, in_features: int, widths: Sequence[int], **o
         f"  {tiles} tiles (at most) of up to {config.rows} rows by {len(widths)} slices: {clusters} on {sms} SMs",
         f"  each by {blocks} of {config.warps} warps",
     ]
-    if config.split:
-        lines.append("  the heaviest tiles first; those of lighter ranks take a part of a cluster each")
     if config.form == "ring":
         if staged_rank(rank):
             lines.append(f"  x, A, B and y stream through {config.stages} slots of shared memory")
@@ -274,32 +265,11 @@ def _choose(
         and clusters > 0.25 * facts.sm_count
         and 16 in tiles
     ):
-        if len(ranks) > 1:
-            split = _choose_split(clusters, ranks, facts)
-            if split is not None:
-                return split
         # A and B stream through the ring without a gap; the direct form asks for as much as its registers hold.
         config = _ring(ranks, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
         if config.stages >= 5:
             return config
     return _direct(rank, clusters, facts, in_features, max(widths), alone=len(ranks) == 1)
-
-
-def _choose_split(clusters: int, ranks: frozenset[int], facts: DeviceFacts) -> LoraConfig | None:
-    """Clusters that split, the largest whose teams all run at once, two blocks a multiprocessor; else None.
-
-    Each block then has the bytes of 64 / cluster ranks of a tile, whatever the tile's rank.
-    """
-    for cluster in (8, 4):
-        blocks = clusters * sum(team_of(rank, max(ranks), cluster) for rank in ranks) / len(ranks)
-        if blocks <= cluster * clusters_at_once(cluster, facts, 2):
-            return LoraConfig("direct", 8, cluster, 8, 1, 2, split=True)
-    return None
-
-
-def team_of(rank: int, widest: int, cluster: int) -> int:
-    """Blocks that share a tile of this rank where clusters split: ``team_of`` of lora_exchange.cuh."""
-    return 1 << max(1, cluster * rank // widest).bit_length() - 1 if staged_rank(rank) else cluster
 
 
 def _choose_ring(
@@ -336,11 +306,6 @@ def _choose_ring(
         rows *= 2  # the last wave would leave most of the machine idle, or A and B cross L2 more often than they must
     config = _ring(ranks, rows, 1 if share[rows] >= alone else 2, in_features, facts)
     return config if config.stages >= 3 else None
-
-
-def clusters_at_once(cluster: int, facts: DeviceFacts, resident: int = 1) -> int:
-    """Clusters of this size that run at once, so many blocks a multiprocessor: by one 132, 66, 30, 15, 7 on 132."""
-    return resident * max(1, facts.sm_count * 10 // {1: 10, 2: 20, 4: 44, 8: 88, 16: 188}[cluster])
 
 
 def staged_rank(rank: int) -> bool:

@@ -12,7 +12,6 @@ import pytest
 
 from cupy_lora import _lora_plan, dispatch
 from cupy_lora._arrays import BFLOAT16
-from cupy_lora._jit import DeviceFacts
 from cupy_lora.lora_batch import tile_capacity, tile_heights
 
 
@@ -153,7 +152,6 @@ def test_every_choice_can_be_launched(arch: int, sm_count: int, widths: tuple[in
         assert config.form == ("direct" if config.rows == 8 else "ring")
         assert aligned or config.form == "direct"
         assert config.cluster == 1 or arch >= 90
-        assert len(ranks) > 1 or not config.split
         assert 64 % (config.cluster * config.warps) == 0
         coded = _lora_plan.coded_ranks(ranks, config, in_features, widths)
         kernel = _lora_plan._layer_kernel(config, BFLOAT16, BFLOAT16, in_features, widths, coded, aligned, aligned)
@@ -171,40 +169,11 @@ def test_choices_follow_the_batch() -> None:
     assert dispatch.choose_lora(16, 1, 4096, [4096], arch=80).cluster == 1
 
 
-def test_clusters_split_where_mixed_ranks_fill_one_round() -> None:
-    """By the blocks that the batch's teams take: 64 tiles of these four ranks take 240 of clusters of eight."""
-    mixed = (8, 16, 32, 64)
-
-    def choice(tokens: int, ranks: tuple[int, ...], **facts: int) -> tuple[bool, int]:
-        config = dispatch.choose_lora(64, tokens, 4096, [4096], ranks=ranks, **facts)
-        return config.split, config.cluster
-
-    assert choice(64, mixed) == (True, 8)
-    assert choice(96, mixed) == (True, 4)
-    assert choice(64, (64,)) == (False, 2)
-    assert choice(64, (8, 64)) == (True, 4)
-    assert not choice(512, mixed)[0]
-    assert not choice(8, mixed)[0]
-    assert not choice(64, mixed, arch=80)[0]
-    assert [dispatch.team_of(rank, 64, 4) for rank in (8, 16, 32, 64, 7)] == [1, 1, 2, 4, 4]
-    facts = DeviceFacts(90, 132)
-    assert [dispatch.clusters_at_once(cluster, facts) for cluster in (1, 2, 4, 8, 16)] == [132, 66, 30, 15, 7]
-    assert dispatch.clusters_at_once(8, facts, 2) == 30
-
-
-def test_only_the_direct_form_splits() -> None:
-    assert dispatch.LoraConfig("direct", 8, 4, 8, split=True).split
-    with pytest.raises(ValueError, match="split: expected the direct form, got 'ring'"):
-        dispatch.LoraConfig("ring", 16, 4, 8, 4, split=True)
-
-
 def test_explain_says_what_is_chosen() -> None:
     text = dispatch.explain(16, 64, 4096, (4096, 1024, 1024), tiles={8: 9, 16: 8})
     assert "rank 16, 64 tokens, 4096 -> 4096 + 1024 + 1024: the direct form" in text
     assert "9 tiles (at most) of up to 8 rows by 3 slices: 27 on 132 SMs" in text
     assert "no clusters" in dispatch.explain(16, 1, 64, (64,), arch=86)
-    split = dispatch.explain(64, 64, 4096, (4096,), ranks=(8, 16, 32, 64))
-    assert "the heaviest tiles first; those of lighter ranks take a part of a cluster each" in split
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ FORMS = {
     "ring-in-pairs": LoraConfig("ring", 32, 1, 8, 6),
     "ring-16-warps": LoraConfig("ring", 64, 1, 16, 6),
     "ring-16-warps-32-rows": LoraConfig("ring", 32, 2, 16, 3),
-    "direct-split": LoraConfig("direct", 8, 8, 8, 1, 2, split=True),
 }
 
 
@@ -160,7 +159,7 @@ def test_clusters_that_exchange_one_width_after_another(ranks: tuple[int, ...], 
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block", "direct-split"])
+@pytest.mark.parametrize("form", ["direct", "direct-16-warps", "ring", "ring-one-block"])
 @pytest.mark.parametrize("later", [3, 40, 90])
 def test_a_launch_replayed_with_another_batch(later: int, form: str) -> None:
     """As by a graph: the rows that its arrays lack are skipped, the others are those of the new batch."""
@@ -233,30 +232,19 @@ def usual_mixed(ranks: tuple[int, ...], tokens: int, outs: tuple[int, ...]) -> n
     return add_mixed(LoraConfig("direct", 8, 1, 8), ranks, tokens, outs=outs)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "cluster", "clusters"),
-    [
-        *(("coded", cluster, clusters) for cluster in (1, 2, 4, 8) for clusters in (None, 1)),
-        *((ranks, 4, 3) for ranks in RANKS),
-    ],
-)
-def test_same_bits_where_clusters_split(ranks: str, cluster: int, clusters: int | None) -> None:
-    config = LoraConfig("direct", 8, cluster, 8, 1, split=True)
-    got = add_mixed(config, RANKS[ranks], 40, clusters)
+@pytest.mark.parametrize("clusters", [None, 1])
+@pytest.mark.parametrize("form", ["direct-8-blocks", "direct-one-unit-ahead", "ring", "ring-one-block"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_same_bits_of_several_ranks(ranks: str, form: str, clusters: int | None) -> None:
+    """Clusters that take tiles of one rank after those of another, some by code of their own."""
+    got = add_mixed(FORMS[form], RANKS[ranks], 40, clusters)
     np.testing.assert_array_equal(got.view(np.uint16), usual_mixed(RANKS[ranks], 40, (128,)).view(np.uint16))
 
 
 @pytest.mark.parametrize("outs", [(128, 128), (128, 40)], ids=["one-width", "two-widths"])
-def test_same_bits_where_clusters_split_over_slices(outs: tuple[int, ...]) -> None:
-    got = add_mixed(LoraConfig("direct", 8, 8, 8, 1, 2, split=True), RANKS["coded"], 20, outs=outs)
+def test_same_bits_of_several_ranks_over_slices(outs: tuple[int, ...]) -> None:
+    got = add_mixed(FORMS["ring"], RANKS["coded"], 20, outs=outs)
     np.testing.assert_array_equal(got.view(np.uint16), usual_mixed(RANKS["coded"], 20, outs).view(np.uint16))
-
-
-def test_more_tiles_than_one_order_holds() -> None:
-    """The second order starts with whole clusters again, after one that ended with single blocks."""
-    outs = (32,)
-    got = add_mixed(LoraConfig("direct", 8, 4, 8, 1, split=True), (8, 64), 346, 9, outs)
-    np.testing.assert_array_equal(got.view(np.uint16), usual_mixed((8, 64), 346, outs).view(np.uint16))
 
 
 def bgmv(rank: int, **device: int) -> np.ndarray:

@@ -22,8 +22,6 @@ CONFIGS = {
     "ring-32-rows": LoraConfig("ring", 32, 2, 8, 3),
     "ring-16-warps": LoraConfig("ring", 32, 2, 16, 3),
     "ring-64-rows": LoraConfig("ring", 64, 1, 16, 3),
-    "direct-split": LoraConfig("direct", 8, 8, 8, 1, 2, split=True),
-    "direct-split-16-warps": LoraConfig("direct", 8, 2, 16, 2, split=True),
 }
 RANKS = [(4,), (16,), (24,), (64,), (72,), (128,), (100,), (8, 16, 32, 64), (24, 40, 48), (64, 12, 3)]
 
@@ -32,18 +30,13 @@ UNIT = """
 #if TILE_ROWS > 8
 #include "lora_ring.cuh"
 #endif
-#if SPLIT
-#include "lora_order.cuh"
-#elif TILE_ROWS <= 8
-constexpr int kOrderBytes = 0;
-#endif
 constexpr CUPY_LORA_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 constexpr int kOwn = kPartsBytes + 8 * kChunk * 4, kV = 8 * (kMaxRank + 4) * 4;
 #if TILE_ROWS > 8
 constexpr int kAll = 128 + kTableBytes + kReceivedBytes + kRingRemoteBytes +
                      larger(ring_bytes(), kOwn + kKeptBytes + kV);
 #else
-constexpr int kAll = 128 + kOrderBytes + kReceivedBytes + kOwn + kKeptBytes +
+constexpr int kAll = 128 + kReceivedBytes + kOwn + kKeptBytes +
                      larger(widest_staged() > 0 ? kWarps * STAGES * kStageBytes : 0, kV);
 #endif
 template <int kLaidOut, int kLaunched>
