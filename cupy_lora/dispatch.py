@@ -265,11 +265,11 @@ def _choose(
         if config.stages >= 3:
             return replace(config, stages=min(config.stages, 5), min_blocks=2)
     full = tokens > 2 * tiles[8]
-    if ring and full and len(ranks) == 1 and _by_eight(rank, in_features, facts) and in_features > 2 * max(widths):
-        # Clusters of eight go round after round, each as long as one tile takes alone; where most of the work is A's,
-        # pairs that read in a loop take less: rank 96 of 13696 -> 3584, 3.8 tiles a multiprocessor: 394 us for 499.
-        if facts.arch >= 90 and clusters > facts.sm_count and 16 in tiles:
-            return _ring(ranks, 16, 2, in_features, facts)
+    # Clusters of eight go round after round, each as long as one tile takes alone; where most of the work is A's,
+    # pairs that read in a loop take less: rank 96 of 13696 -> 3584, 3.8 tiles a multiprocessor: 394 us for 499.
+    rounds = full and len(ranks) == 1 and _by_eight(rank, in_features, facts) and clusters > facts.sm_count
+    if ring and rounds and in_features > 2 * max(widths) and 16 in tiles:
+        return _ring(ranks, 16, 2, in_features, facts)
     if (
         ring
         and rank > 32
@@ -326,6 +326,8 @@ def _choose_ring(
     crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or not _power_rank(rank)
     full = crowded if rank > 32 else rank > 16 and in_features > _TWO_BLOCKS_IN
     tallest = 32 if full else 64
+    if facts.arch < 90 and in_features > _TWO_BLOCKS_IN and not _power_rank(rank):
+        return None  # its code would spill there, as on 9.0, where it takes two thirds of the direct form's time
     share = {
         height: tiles[height] * len(widths) / facts.sm_count
         for height in sorted(tiles)
@@ -339,8 +341,11 @@ def _choose_ring(
     rows = next((height for height in heights if height >= 1.2 * wanted), heights[-1])
     while rows < wanted * 2 and share[rows] > 1.1 and share.get(2 * rows, 0) >= alone:
         rows *= 2  # the last wave would leave most of the machine idle, or A and B cross L2 more often than they must
-    config = _ring(ranks, rows, 1 if share[rows] >= alone else 2, in_features, facts)
-    return config if config.stages >= 3 else None
+    for height in reversed([height for height in heights if height <= rows]):
+        config = _ring(ranks, height, 1 if share[height] >= alone else 2, in_features, facts)
+        if config.stages >= 3:
+            return config  # long rows take slots that fit lower tiles only
+    return None
 
 
 def clusters_at_once(cluster: int, facts: DeviceFacts) -> int:
@@ -457,7 +462,8 @@ def _direct(
         # Few columns of A for each warp, many of B: two units ahead (rank 24 of 1408 -> 6656: 4.7 us for 5.2).
         return LoraConfig("direct", 8, 8, 4, 2) if width > 4 * in_features > 0 else LoraConfig("direct", 8, 8, 8, 1)
     if share <= _FOURS:
-        return LoraConfig("direct", 8, 4, 8, 2)
+        # Two units of rank 64 leave a warp few registers for A: 9.9 us for 10.7 to 11.0 at 0.18.
+        return LoraConfig("direct", 8, 4, 8, 2) if rank <= 48 or long else LoraConfig("direct", 8, 8, 4, 1)
     if rank <= 32:
         return LoraConfig("direct", 8, 2, 8 if share <= 0.5 else 4, 2)
     # Two units ahead: 8 to 20 % faster at rank 48, 7 % slower at 64, where one already fills the registers.
@@ -466,7 +472,8 @@ def _direct(
 
 def _by_eight(rank: int, in_features: int, facts: DeviceFacts) -> bool:
     """Whether a wide rank's staged code needs clusters of eight: the registers of fewer warps would spill."""
-    return _wide(rank) and (rank > 96 or in_features > _SHORT_IN or facts.arch >= 100)
+    fewer = rank <= 96 and in_features <= _SHORT_IN and facts.arch < 100
+    return _wide(rank) and not fewer and _shared_limit(facts) > 200 * 1024
 
 
 _EIGHTS: Final = 0.13  # tiles a multiprocessor to which clusters of eight, a block each, go in one round: 17 of 132
