@@ -326,8 +326,8 @@ def _choose_ring(
     crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or not _power_rank(rank)
     full = crowded if rank > 32 else rank > 16 and in_features > _TWO_BLOCKS_IN
     tallest = 32 if full else 64
-    if facts.arch < 90 and in_features > _TWO_BLOCKS_IN and not _power_rank(rank):
-        return None  # its code would spill there, as on 9.0, where it takes two thirds of the direct form's time
+    if in_features > _TWO_BLOCKS_IN and not _power_rank(rank) and (facts.arch < 90 or len(ranks) > 1):
+        return None  # its code would spill there, as it does on 9.0: alone, at two thirds of the direct form's time
     share = {
         height: tiles[height] * len(widths) / facts.sm_count
         for height in sorted(tiles)
@@ -477,7 +477,7 @@ def _by_eight(rank: int, in_features: int, facts: DeviceFacts) -> bool:
 
 
 _EIGHTS: Final = 0.13  # tiles a multiprocessor to which clusters of eight, a block each, go in one round: 17 of 132
-_FOURS: Final = 0.25  # and clusters of four; the counts are bounds, of half full tiles a third too high
+_FOURS: Final = 0.25  # and clusters of four: 30 of 132; tiles are counted as bounds, which a batch rarely reaches
 _SHORT_IN: Final = 4096  # columns of x to which ranks to 96 are staged by few warps too
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
 
