@@ -256,6 +256,11 @@ def _choose(
         if config.stages >= 3:
             return replace(config, stages=min(config.stages, 5), min_blocks=2)
     full = tokens > 2 * tiles[8]
+    # Clusters of eight go round after round, each as long as one tile takes alone; where most of the work is A's,
+    # pairs that read in a loop take less: rank 96 of 13696 -> 3584, 3.8 tiles a multiprocessor: 394 us for 499.
+    rounds = full and len(ranks) == 1 and _by_eight(rank, in_features, facts) and clusters > facts.sm_count
+    if ring and rounds and in_features > 2 * max(widths) and 16 in tiles:
+        return _ring(ranks, 16, 2, in_features, facts)
     if (
         ring
         and rank > 32
@@ -282,15 +287,16 @@ def _choose_ring(
     facts: DeviceFacts,
 ) -> LoraConfig | None:
     """The ring, where tiles are more than half full and one or two blocks each fill the machine; else None."""
-    # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows.
+    # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows, by a sixth
+    # (rank 24 at 1781 tokens 4352 -> 8704: 28 us by 32 rows of two blocks, 32 by 16 rows of one).
     wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
     # 64 rows of rank 64 take every register: no room for widths that differ, for other ranks' code, or for what older
     # parts need; those of rank 32 take them for long rows.
     crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or not _power_rank(rank)
     full = crowded if rank > 32 else rank > 16 and in_features > _TWO_BLOCKS_IN
-    if in_features > _TWO_BLOCKS_IN and not _power_rank(rank):
-        return None  # its code would spill there
     tallest = 32 if full else 64
+    if in_features > _TWO_BLOCKS_IN and not _power_rank(rank) and (facts.arch < 90 or len(ranks) > 1):
+        return None  # its code would spill there, as it does on 9.0: alone, at two thirds of the direct form's time
     share = {
         height: tiles[height] * len(widths) / facts.sm_count
         for height in sorted(tiles)
@@ -301,11 +307,14 @@ def _choose_ring(
     heights = [height for height, of in share.items() if of >= least]
     if not heights:
         return None
-    rows = next((height for height in heights if height >= wanted), heights[-1])
+    rows = next((height for height in heights if height >= 1.2 * wanted), heights[-1])
     while rows < wanted * 2 and share[rows] > 1.1 and share.get(2 * rows, 0) >= alone:
         rows *= 2  # the last wave would leave most of the machine idle, or A and B cross L2 more often than they must
-    config = _ring(ranks, rows, 1 if share[rows] >= alone else 2, in_features, facts)
-    return config if config.stages >= 3 else None
+    for height in reversed([height for height in heights if height <= rows]):
+        config = _ring(ranks, height, 1 if share[height] >= alone else 2, in_features, facts)
+        if config.stages >= 3:
+            return config  # long rows take slots that fit lower tiles only
+    return None
 
 
 def staged_rank(rank: int) -> bool:
@@ -379,9 +388,10 @@ def _direct(
     if facts.arch < 90 or not (light or limit > 100 * 1024):
         return LoraConfig("direct", 8, 1, 8, 2 if light else 1)
     if alone and _wide(rank) and limit > 200 * 1024:
-        if share <= 0.14 or rank > 96 or in_features > _SHORT_IN or facts.arch >= 100:  # fewer warps would spill
+        if share <= _EIGHTS or _by_eight(rank, in_features, facts):
             return LoraConfig("direct", 8, 8, 8, 1)
-        return LoraConfig("direct", 8, 8, 4, 1) if share <= 0.25 else LoraConfig("direct", 8, 2, 8, 1)
+        # Two units ahead: 15 to 17 us for 19 to 21 with one (rank 96 of 2688 and 3328, 0.17 and 0.21 tiles).
+        return LoraConfig("direct", 8, 4 if share <= _FOURS else 2, 8, 2)
     if not coded:
         if share <= 0.13:
             return LoraConfig("direct", 8, 8, 8, 1)
@@ -393,28 +403,43 @@ def _direct(
         return LoraConfig("direct", 8, 2, 8, 2 if light else 1, 2 if two else 1)
     if light:
         if share <= 0.4:
-            return LoraConfig("direct", 8, 8, 8 if long else 4, 1 if long else 2)
+            # Blocks of eight warps, one a multiprocessor: a third slower at 0.4 of long rows, where they go in rounds.
+            return LoraConfig("direct", 8, 8, 8, 1) if long and share <= 0.2 else LoraConfig("direct", 8, 8, 4, 2)
         if limit <= 200 * 1024:
             return LoraConfig("direct", 8, 2, 8 if share <= 1.0 else 4, 2)
-        if share <= 0.8:
+        if share <= 0.5:
             return LoraConfig("direct", 8, 2, 8, 2) if long else LoraConfig("direct", 8, 2, 16, 1)
         if share <= 1.0:
+            # One round; pairs of so many warps would take two: 17 us for 19 (8 warps) and 25 (16) at 0.73.
             return LoraConfig("direct", 8, 1, 8, 4)
         if share <= 1.5:
             return LoraConfig("direct", 8, 2, 4, 2)
+        if rank < 8:
+            # Little to load for each tile, so as many warps as registers allow: 37 us for 44 to 51 (rank 4, 2.3 tiles).
+            return LoraConfig("direct", 8, 8, 4, 2) if long else LoraConfig("direct", 8, 2, 16, 1)
         if not _power_rank(rank):
-            return LoraConfig("direct", 8, 1, 4, 2)  # two blocks of 8 warps would spill
+            return LoraConfig("direct", 8, 2, 4, 2)  # two blocks of 8 warps would spill; 86 us, of 4 unpaired 101
         return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN and width <= 8192 else 1)
-    if share <= 0.14:
-        # Few columns of A for each warp, many of B: two units ahead.
-        return LoraConfig("direct", 8, 8, 4, 2) if width > 6 * in_features > 0 else LoraConfig("direct", 8, 8, 8, 1)
-    if share <= 0.25:
-        return LoraConfig("direct", 8, 4, 8, 2) if long else LoraConfig("direct", 8, 8, 4, 1)
+    if share <= _EIGHTS:
+        # Few columns of A for each warp, many of B: two units ahead (rank 24 of 1408 -> 6656: 4.7 us for 5.2).
+        return LoraConfig("direct", 8, 8, 4, 2) if width > 4 * in_features > 0 else LoraConfig("direct", 8, 8, 8, 1)
+    if share <= _FOURS:
+        # Two units of rank 64 leave a warp few registers for A: 9.9 us for 10.7 to 11.0 at 0.18.
+        return LoraConfig("direct", 8, 4, 8, 2) if rank <= 48 or long else LoraConfig("direct", 8, 8, 4, 1)
     if rank <= 32:
         return LoraConfig("direct", 8, 2, 8 if share <= 0.5 else 4, 2)
-    return LoraConfig("direct", 8, 2, 8, 1)
+    # Two units ahead: 8 to 20 % faster at rank 48, 7 % slower at 64, where one already fills the registers.
+    return LoraConfig("direct", 8, 2, 8, 2 if rank <= 48 else 1)
 
 
+def _by_eight(rank: int, in_features: int, facts: DeviceFacts) -> bool:
+    """Whether a wide rank's staged code needs clusters of eight: the registers of fewer warps would spill."""
+    fewer = rank <= 96 and in_features <= _SHORT_IN and facts.arch < 100
+    return _wide(rank) and not fewer and _shared_limit(facts) > 200 * 1024
+
+
+_EIGHTS: Final = 0.13  # tiles a multiprocessor to which clusters of eight, a block each, go in one round: 17 of 132
+_FOURS: Final = 0.25  # and clusters of four: 30 of 132; tiles are counted as bounds, which a batch rarely reaches
 _SHORT_IN: Final = 4096  # columns of x to which ranks to 96 are staged by few warps too
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
 

@@ -14,21 +14,27 @@ from cupy_lora import _jit, _paths
 REGISTERS_PER_SM = 65536
 SHARED_PER_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB, the opt-in limit of the architecture
 
+# Bytes of local memory that a kernel may take, at most, and why it is chosen all the same.
+SPILLS = {
+    # Long leaves of a rank that is no power of two: 80 us, of the direct form without any 119.
+    "sm90-lora-add-3128x13568to1536-r48-runs-bfloat16": 212,
+}
+
 CASES = [
-    pytest.param(arch, kernel, id=f"sm{arch}-{name}")
+    pytest.param(arch, kernel, SPILLS.get(f"sm{arch}-{name}", 0), id=f"sm{arch}-{name}")
     for arch in kernel_list.ARCHS
     for name, kernel in kernel_list.kernels(arch)
 ]
 
 
-@pytest.mark.parametrize(("arch", "kernel"), CASES)
-def test_specialisation_compiles_and_fits(arch: int, kernel: _jit.Kernel):
+@pytest.mark.parametrize(("arch", "kernel", "local"), CASES)
+def test_specialisation_compiles_and_fits(arch: int, kernel: _jit.Kernel, local: int):
     assert 32 <= kernel.block <= 1024
     assert kernel.shared <= SHARED_PER_BLOCK[arch] * 1024
     assert kernel.cluster in (1, 2, 4, 8, 16)
     assert kernel.cluster == 1 or arch >= 90, "thread-block clusters start with compute capability 9.0"
     used = nvrtc.compile_kernel(kernel, arch)
-    assert used.local_bytes == 0, f"expected no local memory, got {used}"
+    assert used.local_bytes <= local, f"expected at most {local} bytes of local memory, got {used}"
     assert used.static_shared_bytes <= 1024, f"expected dynamic shared memory only, got {used}"
     # The register file is handed out by warp in blocks of 256 registers.
     warps = -(-kernel.block // 32)
@@ -36,6 +42,10 @@ def test_specialisation_compiles_and_fits(arch: int, kernel: _jit.Kernel):
     assert 1 <= used.registers <= 255
     assert allocated <= REGISTERS_PER_SM, f"one block needs {allocated} registers; an SM has {REGISTERS_PER_SM}"
     assert used.warnings == ""
+
+
+def test_only_listed_kernels_may_take_local_memory():
+    assert SPILLS.keys() <= {case.id for case in CASES}
 
 
 def test_what_the_assembler_makes_slower_is_a_warning():

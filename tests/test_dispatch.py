@@ -169,6 +169,50 @@ def test_choices_follow_the_batch() -> None:
     assert dispatch.choose_lora(16, 1, 4096, [4096], arch=80).cluster == 1
 
 
+PREFILL = 512  # tokens of a sequence, an adapter each
+
+
+@pytest.mark.parametrize(
+    ("tokens", "adapters", "rank", "in_features", "out", "chosen"),
+    [  # of the fastest configs that were timed on 9.0 with 132 multiprocessors, or within 10 % of them
+        (1, 1, 16, 4096, 4096, ("direct", 8, 8, 4, 2)),
+        (8, 8, 16, 4096, 4096, ("direct", 8, 8, 4, 2)),
+        (64, 64, 8, 4096, 4096, ("direct", 8, 2, 16, 1)),
+        (64, 64, 16, 4096, 4096, ("direct", 8, 2, 16, 1)),
+        (64, 8, 64, 4096, 4096, ("direct", 8, 8, 8, 1)),
+        (64, 64, 64, 4096, 4096, ("ring", 16, 2, 8, 8)),
+        (256, 256, 64, 4096, 4096, ("ring", 16, 1, 8, 8)),
+        (256, 16, 16, 4096, 4096, ("direct", 8, 8, 4, 2)),
+        (512, PREFILL, 16, 4096, 4096, ("direct", 8, 2, 16, 1)),
+        (2048, PREFILL, 16, 4096, 4096, ("ring", 16, 1, 8, 8)),
+        (2048, PREFILL, 64, 4096, 4096, ("ring", 32, 2, 8, 7)),
+        (8192, PREFILL, 64, 4096, 4096, ("ring", 64, 1, 8, 8)),
+        (31, 4, 24, 1408, 6656, ("direct", 8, 8, 4, 2)),
+        (103, 16, 96, 2688, 8576, ("direct", 8, 4, 8, 2)),
+        (131, 11, 16, 14592, 4096, ("direct", 8, 8, 4, 2)),
+        (306, 306, 4, 11008, 7936, ("direct", 8, 8, 4, 2)),
+        (1781, PREFILL, 24, 4352, 8704, ("ring", 32, 2, 8, 8)),
+        (3128, PREFILL, 48, 13568, 1536, ("ring", 32, 1, 8, 6)),
+        (3964, PREFILL, 96, 13696, 3584, ("ring", 16, 2, 8, 8)),
+    ],
+)
+def test_choices_that_were_timed(
+    tokens: int, adapters: int, rank: int, in_features: int, out: int, chosen: tuple[Any, ...]
+) -> None:
+    adapters = -(-tokens // PREFILL) if adapters == PREFILL else adapters
+    tiles = {height: tile_capacity(tokens, adapters, height) for height in tile_heights(tokens)}
+    assert dispatch.choose_lora(rank, tokens, in_features, [out], tiles=tiles) == dispatch.LoraConfig(*chosen)
+
+
+def test_rings_take_lower_tiles_where_long_rows_leave_no_room() -> None:
+    """64 rows of rank 64 would have two slots: 32 rows have five, and are still staged."""
+    tiles = {height: tile_capacity(8192, 16, height) for height in tile_heights(8192)}
+    short, long = (dispatch.choose_lora(64, 8192, width, [4096], tiles=tiles) for width in (4096, 14336))
+    assert (short.form, short.rows) == ("ring", 64)
+    assert (long.form, long.rows) == ("ring", 32)
+    assert long.stages >= 3
+
+
 def test_explain_says_what_is_chosen() -> None:
     text = dispatch.explain(16, 64, 4096, (4096, 1024, 1024), tiles={8: 9, 16: 8})
     assert "rank 16, 64 tokens, 4096 -> 4096 + 1024 + 1024: the direct form" in text
