@@ -302,16 +302,18 @@ def _choose_ring(
         for height in sorted(tiles)
         if 16 <= height <= tallest and tokens > 0.6 * height * tiles[height]
     }
-    alone = 0.65  # tiles a multiprocessor from which one block each is enough
+    alone = 0.55  # tiles a multiprocessor from which one block each is enough: two would go in rounds
     least = alone if facts.arch < 90 else 0.28
     heights = [height for height, of in share.items() if of >= least]
     if not heights:
         return None
     rows = next((height for height in heights if height >= 1.2 * wanted), heights[-1])
-    while rows < wanted * 2 and share[rows] > 1.1 and share.get(2 * rows, 0) >= alone:
+    while share[rows] > 1.1 and share.get(2 * rows, 0) >= alone and rows < wanted * (3 if share[rows] <= 1.5 else 2):
         rows *= 2  # the last wave would leave most of the machine idle, or A and B cross L2 more often than they must
     for height in reversed([height for height in heights if height <= rows]):
-        config = _ring(ranks, height, 1 if share[height] >= alone else 2, in_features, facts)
+        # Where single blocks would go in two rounds, the second nearly empty, pairs go in three of half the length.
+        pairs = share[height] < alone or (facts.arch >= 90 and 1.1 < share[height] <= 1.5)
+        config = _ring(ranks, height, 2 if pairs else 1, in_features, facts)
         if config.stages >= 3:
             return config  # long rows take slots that fit lower tiles only
     return None
@@ -402,18 +404,20 @@ def _direct(
         two = light and in_features <= _TWO_BLOCKS_IN and limit > 200 * 1024
         return LoraConfig("direct", 8, 2, 8, 2 if light else 1, 2 if two else 1)
     if light:
-        if share <= 0.4:
+        if share <= (0.22 if long else 0.4):
             # Blocks of eight warps, one a multiprocessor: a third slower at 0.4 of long rows, where they go in rounds.
-            return LoraConfig("direct", 8, 8, 8, 1) if long and share <= 0.2 else LoraConfig("direct", 8, 8, 4, 2)
+            eight = share <= 0.2 and (long or width > _WIDE_OUT)
+            return LoraConfig("direct", 8, 8, 8, 1) if eight else LoraConfig("direct", 8, 8, 4, 2)
         if limit <= 200 * 1024:
             return LoraConfig("direct", 8, 2, 8 if share <= 1.0 else 4, 2)
         if share <= 0.5:
-            return LoraConfig("direct", 8, 2, 8, 2) if long else LoraConfig("direct", 8, 2, 16, 1)
+            # 7.8 to 9.1 us for 8.5 to 9.9 at rank 8 of long rows; at rank 16 their registers allow fewer warps.
+            return LoraConfig("direct", 8, 2, 8, 2) if long and rank > 8 else LoraConfig("direct", 8, 2, 16, 1)
         if share <= 1.0:
             # One round; pairs of so many warps would take two: 17 us for 19 (8 warps) and 25 (16) at 0.73.
             return LoraConfig("direct", 8, 1, 8, 4)
         if share <= 1.5:
-            return LoraConfig("direct", 8, 2, 4, 2)
+            return LoraConfig("direct", 8, 2, 4, 4)
         if rank < 8:
             # Little to load for each tile, so as many warps as registers allow: 37 us for 44 to 51 (rank 4, 2.3 tiles).
             return LoraConfig("direct", 8, 8, 4, 2) if long else LoraConfig("direct", 8, 2, 16, 1)
@@ -422,7 +426,8 @@ def _direct(
         return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN and width <= 8192 else 1)
     if share <= _EIGHTS:
         # Few columns of A for each warp, many of B: two units ahead (rank 24 of 1408 -> 6656: 4.7 us for 5.2).
-        return LoraConfig("direct", 8, 8, 4, 2) if width > 4 * in_features > 0 else LoraConfig("direct", 8, 8, 8, 1)
+        few = width > 4 * in_features > 0 and width <= _WIDE_OUT
+        return LoraConfig("direct", 8, 8, 4, 2) if few else LoraConfig("direct", 8, 8, 8, 1)
     if share <= _FOURS:
         # Two units of rank 64 leave a warp few registers for A: 9.9 us for 10.7 to 11.0 at 0.18.
         return LoraConfig("direct", 8, 4, 8, 2) if rank <= 48 or long else LoraConfig("direct", 8, 8, 4, 1)
@@ -440,6 +445,7 @@ def _by_eight(rank: int, in_features: int, facts: DeviceFacts) -> bool:
 
 _EIGHTS: Final = 0.13  # tiles a multiprocessor to which clusters of eight, a block each, go in one round: 17 of 132
 _FOURS: Final = 0.25  # and clusters of four: 30 of 132; tiles are counted as bounds, which a batch rarely reaches
+_WIDE_OUT: Final = 7168  # columns of y from which more warps load B: rank 16 of 1152 -> 11392 4.4 us for 5.0
 _SHORT_IN: Final = 4096  # columns of x to which ranks to 96 are staged by few warps too
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has
 
