@@ -18,6 +18,8 @@ _spare: dict[int, Array] = {}  # for the next stream that is first met while it 
 def for_stream(device: int, stream: Any, nbytes: int = NBYTES) -> Array:
     """The workspace of a stream, all of whose first 64 KiB are zeros between launches; of the host a new one.
 
+    Any call outside of capture sees to it that there is a spare one for the next stream that is first met under it.
+
     Raises
     ------
     ValueError
@@ -27,7 +29,7 @@ def for_stream(device: int, stream: Any, nbytes: int = NBYTES) -> Array:
         return _new(nbytes, device)
     key = device, stream.ptr
     found = _of_stream.get(key)
-    if found is not None:
+    if found is not None and device in _spare:
         return found
     with _lock:
         if key not in _of_stream:
