@@ -257,13 +257,14 @@ def _choose(
             return replace(config, stages=min(config.stages, 5), min_blocks=2)
     full = tokens > 2 * tiles[8]
     # Clusters of eight go round after round, each as long as one tile takes alone; where most of the work is A's,
-    # pairs that read in a loop take less: rank 96 of 13696 -> 3584, 3.8 tiles a multiprocessor: 394 us for 499.
+    # pairs that read in a loop take less: rank 96 of 13696 -> 3584, 3.8 tiles a multiprocessor: 356 us for 499.
     rounds = full and len(ranks) == 1 and _by_eight(rank, in_features, facts) and clusters > facts.sm_count
-    if ring and rounds and in_features > 2 * max(widths) and 16 in tiles:
-        return _ring(ranks, 16, 2, in_features, facts)
+    if rounds and in_features > 2 * max(widths):
+        return LoraConfig("direct", 8, 2, 16, 1)
     if (
         ring
         and rank > 32
+        and len(ranks) == 1  # beside others, whose tiles are done sooner: 16.0 us for 14.2 (ranks 8 to 64, 64 tiles)
         and staged_rank(rank)
         and not full
         and facts.arch >= 90
@@ -292,18 +293,19 @@ def _choose_ring(
     wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
     # 64 rows of rank 64 take every register: no room for widths that differ, for other ranks' code, or for what older
     # parts need; those of rank 32 take them for long rows.
-    crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or not _power_rank(rank)
+    between = not _power_rank(rank) and (rank > 48 or in_features > _TWO_BLOCKS_IN)
+    crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or between
     full = crowded if rank > 32 else rank > 16 and in_features > _TWO_BLOCKS_IN
     tallest = 32 if full else 64
     if in_features > _TWO_BLOCKS_IN and not _power_rank(rank) and (facts.arch < 90 or len(ranks) > 1):
         return None  # its code would spill there, as it does on 9.0: alone, at two thirds of the direct form's time
-    share = {
-        height: tiles[height] * len(widths) / facts.sm_count
+    share = {  # `tiles` are bounds: half of what they allow for sequences that do not end with a tile
+        height: (tiles[height] + tokens / height) / 2 * len(widths) / facts.sm_count
         for height in sorted(tiles)
         if 16 <= height <= tallest and tokens > 0.6 * height * tiles[height]
     }
-    alone = 0.55  # tiles a multiprocessor from which one block each is enough: two would go in rounds
-    least = alone if facts.arch < 90 else 0.28
+    alone = 0.52  # tiles a multiprocessor from which pairs would go in two rounds
+    least = alone if facts.arch < 90 else 0.26
     heights = [height for height, of in share.items() if of >= least]
     if not heights:
         return None
@@ -391,7 +393,8 @@ def _direct(
         return LoraConfig("direct", 8, 1, 8, 2 if light else 1)
     if alone and _wide(rank) and limit > 200 * 1024:
         if share <= _EIGHTS or _by_eight(rank, in_features, facts):
-            return LoraConfig("direct", 8, 8, 8, 1)
+            few = width > 4.5 * in_features > 0 and not _by_eight(rank, in_features, facts)  # as below
+            return LoraConfig("direct", 8, 8, 4, 2) if few else LoraConfig("direct", 8, 8, 8, 1)
         # Two units ahead: 15 to 17 us for 19 to 21 with one (rank 96 of 2688 and 3328, 0.17 and 0.21 tiles).
         return LoraConfig("direct", 8, 4 if share <= _FOURS else 2, 8, 2)
     if not coded:
@@ -405,8 +408,7 @@ def _direct(
         return LoraConfig("direct", 8, 2, 8, 2 if light else 1, 2 if two else 1)
     if light:
         if share <= (0.22 if long else 0.4):
-            # Blocks of eight warps, one a multiprocessor: a third slower at 0.4 of long rows, where they go in rounds.
-            eight = share <= 0.2 and (long or width > _WIDE_OUT)
+            eight = share <= _EIGHTS and (long or width > _WIDE_OUT)  # a quarter slower where they go in rounds
             return LoraConfig("direct", 8, 8, 8, 1) if eight else LoraConfig("direct", 8, 8, 4, 2)
         if limit <= 200 * 1024:
             return LoraConfig("direct", 8, 2, 8 if share <= 1.0 else 4, 2)
@@ -426,13 +428,17 @@ def _direct(
         return LoraConfig("direct", 8, 1, 8, 2, 2 if in_features <= _TWO_BLOCKS_IN and width <= 8192 else 1)
     if share <= _EIGHTS:
         # Few columns of A for each warp, many of B: two units ahead (rank 24 of 1408 -> 6656: 4.7 us for 5.2).
-        few = width > 4 * in_features > 0 and width <= _WIDE_OUT
+        few = width > 4.5 * in_features > 0
         return LoraConfig("direct", 8, 8, 4, 2) if few else LoraConfig("direct", 8, 8, 8, 1)
-    if share <= _FOURS:
+    if rank > 48 and not long and share <= (0.25 if alone else 0.45):
         # Two units of rank 64 leave a warp few registers for A: 9.9 us for 10.7 to 11.0 at 0.18.
-        return LoraConfig("direct", 8, 4, 8, 2) if rank <= 48 or long else LoraConfig("direct", 8, 8, 4, 1)
+        return LoraConfig("direct", 8, 8, 4, 1)
+    if share <= _FOURS:
+        return LoraConfig("direct", 8, 4, 8, 2)
+    if rank <= 32 and share <= 0.53:
+        return LoraConfig("direct", 8, 2, 16, 1) if long else LoraConfig("direct", 8, 2, 8, 2)
     if rank <= 32:
-        return LoraConfig("direct", 8, 2, 8 if share <= 0.5 else 4, 2)
+        return LoraConfig("direct", 8, 2, 4, 2)
     # Two units ahead: 8 to 20 % faster at rank 48, 7 % slower at 64, where one already fills the registers.
     return LoraConfig("direct", 8, 2, 8, 2 if rank <= 48 else 1)
 
@@ -444,7 +450,7 @@ def _by_eight(rank: int, in_features: int, facts: DeviceFacts) -> bool:
 
 
 _EIGHTS: Final = 0.13  # tiles a multiprocessor to which clusters of eight, a block each, go in one round: 17 of 132
-_FOURS: Final = 0.25  # and clusters of four: 30 of 132; tiles are counted as bounds, which a batch rarely reaches
+_FOURS: Final = 0.23  # and clusters of four: 30 of 132
 _WIDE_OUT: Final = 7168  # columns of y from which more warps load B: rank 16 of 1152 -> 11392 4.4 us for 5.0
 _SHORT_IN: Final = 4096  # columns of x to which ranks to 96 are staged by few warps too
 _TWO_BLOCKS_IN: Final = 12288  # a step of a longer leaf takes more registers than half a multiprocessor has

@@ -193,7 +193,7 @@ PREFILL = 512  # tokens of a sequence, an adapter each
         (306, 306, 4, 11008, 7936, ("direct", 8, 8, 4, 2)),
         (1781, PREFILL, 24, 4352, 8704, ("ring", 32, 2, 8, 8)),
         (3128, PREFILL, 48, 13568, 1536, ("ring", 32, 1, 8, 6)),
-        (3964, PREFILL, 96, 13696, 3584, ("ring", 16, 2, 8, 8)),
+        (3964, PREFILL, 96, 13696, 3584, ("direct", 8, 2, 16, 1)),
     ],
 )
 def test_choices_that_were_timed(
