@@ -430,8 +430,9 @@ def _direct(
         # Few columns of A for each warp, many of B: two units ahead (rank 24 of 1408 -> 6656: 4.7 us for 5.2).
         few = width > 4.5 * in_features > 0
         return LoraConfig("direct", 8, 8, 4, 2) if few else LoraConfig("direct", 8, 8, 8, 1)
-    if rank > 48 and not long and share <= (0.25 if alone else 0.45):
-        # Two units of rank 64 leave a warp few registers for A: 9.9 us for 10.7 to 11.0 at 0.18.
+    if rank > 48 and not long and (share <= 0.25 or not alone):
+        # Two units of rank 64 leave a warp few registers for A: 9.9 us for 10.7 to 11.0 at 0.18. Beside other ranks
+        # small blocks of clusters of eight even out what the tiles differ by.
         return LoraConfig("direct", 8, 8, 4, 1)
     if share <= _FOURS:
         return LoraConfig("direct", 8, 4, 8, 2)
