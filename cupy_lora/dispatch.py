@@ -5,6 +5,7 @@ No kernel of this library needs a padded rank, fails between two supported ranks
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -247,7 +248,7 @@ def _choose(
         config = _choose_ring(rank, tokens, in_features, widths, tiles, ranks, facts)
         if config is not None:
             return config
-    clusters = tiles[8] * slices
+    clusters = math.ceil(_tiles_of_eight(tokens, tiles[8]) * slices)
     if ring and not coded and rank < 32 and facts.arch >= 90 and clusters > 1.7 * facts.sm_count and 16 in tiles:
         # Two blocks a multiprocessor and tiles of 16 rows, worked off eight by eight: 1.2 to 1.4 times faster, though
         # long rows spill at the registers that leaves.
@@ -272,10 +273,17 @@ def _choose(
         and 16 in tiles
     ):
         # A and B stream through the ring without a gap; the direct form asks for as much as its registers hold.
-        config = _ring(ranks, 16, 2 if tiles[16] * slices <= facts.sm_count else 1, in_features, facts)
-        if config.stages >= 5:
+        config = _ring(ranks, 16, 2 if tiles[16] * slices <= 0.5 * facts.sm_count else 1, in_features, facts)
+        two_rounds = rank <= 48 and 0.5 < clusters / facts.sm_count <= 1  # 39 and 36 us, of the direct form 32 to 35
+        if config.stages >= 5 and not two_rounds:
             return config
     return _direct(rank, clusters, facts, in_features, max(widths), alone=len(ranks) == 1)
+
+
+def _tiles_of_eight(tokens: int, bound: int) -> float:
+    """How many there are, as far as a bound for `tokens` says: an adapter has one at least, its last is half full."""
+    adapters = bound - tokens // 8
+    return bound if bound >= tokens else max(adapters, tokens / 8 + adapters * 7 / 16)
 
 
 def _choose_ring(
@@ -293,7 +301,10 @@ def _choose_ring(
     wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
     # 64 rows of rank 64 take every register: no room for widths that differ, for other ranks' code, or for what older
     # parts need; those of rank 32 take them for long rows.
-    between = not _power_rank(rank) and (rank > 48 or in_features > _TWO_BLOCKS_IN)
+    # So do those between 32 and 64 of rows that are not short (rank 48 of 6528: 61 us for 43), and those of leaves
+    # whose chunks are no power of two (rank 64 of 6144: 146 for 106).
+    leaf = -(-in_features // 2048)
+    between = leaf & (leaf - 1) != 0 or (not _power_rank(rank) and (rank > 48 or in_features > _SHORT_IN))
     crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or between
     full = crowded if rank > 32 else rank > 16 and in_features > _TWO_BLOCKS_IN
     tallest = 32 if full else 64
@@ -396,7 +407,7 @@ def _direct(
             few = width > 4.5 * in_features > 0 and not _by_eight(rank, in_features, facts)  # as below
             return LoraConfig("direct", 8, 8, 4, 2) if few else LoraConfig("direct", 8, 8, 8, 1)
         # Two units ahead: 15 to 17 us for 19 to 21 with one (rank 96 of 2688 and 3328, 0.17 and 0.21 tiles).
-        return LoraConfig("direct", 8, 4 if share <= _FOURS else 2, 8, 2)
+        return LoraConfig("direct", 8, 4, 8, 2) if share <= _FOURS else LoraConfig("direct", 8, 8, 4, 2)
     if not coded:
         if share <= 0.13:
             return LoraConfig("direct", 8, 8, 8, 1)
@@ -408,7 +419,7 @@ def _direct(
         return LoraConfig("direct", 8, 2, 8, 2 if light else 1, 2 if two else 1)
     if light:
         if share <= (0.22 if long else 0.4):
-            eight = share <= _EIGHTS and (long or width > _WIDE_OUT)  # a quarter slower where they go in rounds
+            eight = share <= _EIGHTS and (long or width > _WIDE_OUT)  # a third slower where they go in rounds
             return LoraConfig("direct", 8, 8, 8, 1) if eight else LoraConfig("direct", 8, 8, 4, 2)
         if limit <= 200 * 1024:
             return LoraConfig("direct", 8, 2, 8 if share <= 1.0 else 4, 2)
@@ -437,7 +448,8 @@ def _direct(
     if share <= _FOURS:
         return LoraConfig("direct", 8, 4, 8, 2)
     if rank <= 32 and share <= 0.53:
-        return LoraConfig("direct", 8, 2, 16, 1) if long else LoraConfig("direct", 8, 2, 8, 2)
+        wide = in_features > _TWO_BLOCKS_IN  # in pairs of 8 warps 15 us for 17 at 10240, 26 for 24 at 13056
+        return LoraConfig("direct", 8, 2, 16, 1) if wide else LoraConfig("direct", 8, 2, 8, 2)
     if rank <= 32:
         return LoraConfig("direct", 8, 2, 4, 2)
     # Two units ahead: 8 to 20 % faster at rank 48, 7 % slower at 64, where one already fills the registers.
@@ -450,7 +462,7 @@ def _by_eight(rank: int, in_features: int, facts: DeviceFacts) -> bool:
     return _wide(rank) and not fewer and _shared_limit(facts) > 200 * 1024
 
 
-_EIGHTS: Final = 0.13  # tiles a multiprocessor to which clusters of eight, a block each, go in one round: 17 of 132
+_EIGHTS: Final = 0.115  # tiles a multiprocessor to which clusters of eight, a block each, go in one round: 15 of 132
 _FOURS: Final = 0.23  # and clusters of four: 30 of 132
 _WIDE_OUT: Final = 7168  # columns of y from which more warps load B: rank 16 of 1152 -> 11392 4.4 us for 5.0
 _SHORT_IN: Final = 4096  # columns of x to which ranks to 96 are staged by few warps too
