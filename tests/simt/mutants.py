@@ -121,7 +121,7 @@ def mutants_of(path: Path, number: int) -> list[Mutant]:
     def at() -> int:
         return number + len(found)
 
-    meetings = r"(?:__syncthreads|__syncwarp|\b\w+\.meet)\(\)|ptx::barrier_meet\([^;]*\)"
+    meetings = r"(?:__syncthreads|__syncwarp|crew_meet)\(\)|ptx::barrier_meet\([^;]*\)"
     for match in re.finditer(rf"({meetings}|ptx::wgmma_(?:fence|fence_shared|wait<\d>)\(\));", code):
         add(match.start(), match.end(), KINDS[0], f"(simt::mutated({at()}) ? void() : {match[1]});")
     for match in re.finditer(r"(?<= )<(?= )", code):
