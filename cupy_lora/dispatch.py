@@ -299,9 +299,9 @@ def _choose_ring(
     # A tile reads A and B whole, through L2: tall enough that this stays below the bytes of its rows, by a sixth
     # (rank 24 at 1781 tokens 4352 -> 8704: 28 us by 32 rows of two blocks, 32 by 16 rows of one).
     wanted = rank * (in_features + sum(widths)) / (in_features + 2 * sum(widths))
-    # 64 rows of rank 64 take every register: no room for widths that differ, for other ranks' code, for what older parts
-    # need, for leaves whose chunks are no power of two (6144 columns: 146 us, by 32 rows 106), or for a rank in between
-    # and more than short rows (48 of 6528: 61 for 43). Those of rank 32 take them for long rows.
+    # 64 rows of rank 64 take every register: no room for widths that differ, for other ranks' code, for what older
+    # parts need, for leaves whose chunks are no power of two (6144 columns: 146 us, by 32 rows 106), or for a rank in
+    # between and more than short rows (48 of 6528: 61 for 43). Those of rank 32 take them for long rows.
     leaf = -(-in_features // 2048)
     between = leaf & (leaf - 1) != 0 or (not _power_rank(rank) and (rank > 48 or in_features > _SHORT_IN))
     crowded = len(set(widths)) > 1 or facts.arch < 90 or len(ranks) > 1 or between
