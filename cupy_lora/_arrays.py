@@ -301,6 +301,24 @@ def _device_name(device: int) -> str:
     return "the host" if device == CPU else f"GPU {device}"
 
 
+def dtype_among(dtype: Any, allowed: Sequence[np.dtype[Any]]) -> np.dtype[Any]:
+    """The dtype that an argument ``dtype`` names; ml_dtypes, imported here, makes "bfloat16" known to NumPy.
+
+    Raises
+    ------
+    TypeError
+        If it names none, or none of these.
+    """
+    names = " or ".join(each.name for each in allowed)
+    try:
+        found: np.dtype[Any] = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype: expected {names}, got {dtype!r}") from None
+    if found not in allowed:
+        raise TypeError(f"dtype: expected {names}, got {found.name}")
+    return found
+
+
 def check_dtype(name: str, array: Array, allowed: Sequence[np.dtype[Any]]) -> None:
     """TypeError unless the array's dtype is one of ``allowed``."""
     if array.dtype not in allowed:

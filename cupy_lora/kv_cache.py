@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _arrays, _device, _jit
-from ._arrays import CPU, FLOATS, INT32, INT64, stream_for, view
+from ._arrays import CPU, FLOATS, INT32, INT64, dtype_among, stream_for, view
 from ._lora_checks import integer
 
 
@@ -99,7 +99,7 @@ class PagedKvCache:
         self.head_dim = integer("head_dim", head_dim, 8)
         if self.head_dim % 8:
             raise ValueError(f"head_dim: expected a multiple of 8, got {head_dim}")
-        self.dtype = _float_dtype(dtype)
+        self.dtype = dtype_among(dtype, FLOATS)
         self.device = _device.resolve(device)
         shape = (num_pages, num_layers, 2, num_kv_heads, page_size, head_dim)
         self.pages = _arrays.empty(shape, self.dtype, self.device)
@@ -292,14 +292,3 @@ class PagedKvCache:
 
 def _same(table: np.ndarray, sent: np.ndarray | None) -> bool:
     return sent is not None and bool(np.array_equal(table, sent))
-
-
-def _float_dtype(dtype: Any) -> np.dtype[Any]:
-    names = " or ".join(d.name for d in FLOATS)
-    try:
-        found: np.dtype[Any] = np.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"dtype: expected {names}, got {dtype!r}") from None
-    if found not in FLOATS:
-        raise TypeError(f"dtype: expected {names}, got {found.name}")
-    return found

@@ -18,6 +18,7 @@ from ._arrays import (
     Array,
     check_contiguous,
     check_shape,
+    dtype_among,
     same_device,
     stream_for,
     stream_of,
@@ -117,7 +118,7 @@ class LoraWeights:
         self.slices = widths
         self.width = sum(widths)
         self.max_adapters = integer("max_adapters", max_adapters, 1)
-        self.dtype = _half(dtype)
+        self.dtype = dtype_among(dtype, HALVES)
         self.device = _device.resolve(device)
         self.table = _device.filled((self.max_adapters, len(widths), 4), INT64, self.device, 0)
         self.table_view = view("table", self.table)
@@ -418,16 +419,6 @@ class LoraWeights:
 
     def _reap(self) -> None:
         self._retired = [entry for entry in self._retired if not all(event.done for event in entry[1])]
-
-
-def _half(dtype: Any) -> np.dtype[Any]:
-    try:
-        resolved: np.dtype[Any] = np.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"dtype: expected float16 or bfloat16, got {dtype!r}") from None
-    if resolved not in HALVES:
-        raise TypeError(f"dtype: expected float16 or bfloat16, got {resolved.name}")
-    return resolved
 
 
 def _matrix(buffer: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import FLOATS
+from ._arrays import FLOATS, dtype_among
 from ._peft_config import Config
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def load_peft(path: str | Path, *, dtype: Any = None) -> PeftAdapter:
         If the package safetensors is not installed.
     """
     folder = Path(path)
-    target = None if dtype is None else _check_dtype(dtype)
+    target = None if dtype is None else dtype_among(dtype, FLOATS)
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else "no such folder"
@@ -267,16 +267,6 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _check_dtype(dtype: Any) -> np.dtype[Any]:
-    try:
-        found: np.dtype[Any] = np.dtype(dtype)  # ml_dtypes, imported by _arrays, makes the name "bfloat16" known
-    except TypeError as error:
-        raise TypeError(f"dtype: expected {' or '.join(d.name for d in FLOATS)}, got {dtype!r}") from error
-    if found not in FLOATS:
-        raise TypeError(f"dtype: expected {' or '.join(d.name for d in FLOATS)}, got {found.name}")
-    return found
 
 
 def _convert(key: str, tensor: np.ndarray, dtype: np.dtype[Any] | None) -> np.ndarray:
