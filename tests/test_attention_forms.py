@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from attention_cases import Case, assert_right, build, call, check, exact, workspace
 from simt.devices import on_cpu
-from test_attention import Case, assert_right, build, call, check, exact, workspace
 
 from cupy_lora import _attention_plan
 from cupy_lora._attention_plan import TileConfig
