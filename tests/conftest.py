@@ -1,4 +1,4 @@
-"""Fixtures of every test: the engines, and what happens where there is no GPU."""
+"""Fixtures of every test: the engines, what happens where there is no GPU, the demo's checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import engines
 import hypothesis
 import pytest
 
-from cupy_lora import _env
+from cupy_lora import _demo_model, _env
 from cupy_lora._demo_model import ADAPTERS
 
 # JAX takes three quarters of the GPU's memory at its first use otherwise, from every test process.
@@ -67,3 +67,26 @@ def gpu() -> Iterator[engines.Engine]:
 def adapter(tmp_path: Path) -> Path:
     """A folder with a PEFT adapter of rank 4 over all modules, to be damaged."""
     return shutil.copytree(ADAPTERS / "rank4-fp32", tmp_path / "adapter")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, to be read only."""
+    path = tmp_path_factory.mktemp("model")
+    _demo_model.write_demo_model(path)
+    return path
+
+
+@pytest.fixture
+def model_copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to be damaged."""
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint, path)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "cupy_lora"
