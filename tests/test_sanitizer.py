@@ -16,7 +16,7 @@ TESTS = Path(__file__).resolve().parent
 FILES = (
     "test_lora.py", "test_lora_gpu.py", "test_bgmv.py", "test_sgmv.py", "test_lora_batch.py", "test_lora_weights.py",
     "test_attention.py", "test_attention_input.py", "test_norm.py", "test_paged_kv.py", "test_metadata.py",
-    "test_punica_kernels.py",
+    "test_metadata_step.py", "test_punica_kernels.py",
 )  # fmt: skip
 # What needs other libraries, streams that wait on each other, or thousands of launches.
 LEFT_OUT = "not fuzz and not torch and not jax and not wait and not graph and not capture"
