@@ -10,15 +10,8 @@ import numpy as np
 
 from ._arrays import BFLOAT16, FLOAT16, FLOAT32, INT64, Array
 from ._jit import DeviceFacts, Kernel, Launch
-from .dispatch import (
-    LoraConfig,
-    choose_halves,
-    choose_lora,
-    chunk_of,
-    ring_slot_bytes,
-    staged_alone,
-    staged_rank,
-)
+from ._lora_choice import LoraConfig, choose_halves, chunk_of, ring_slot_bytes, staged_alone, staged_rank
+from .dispatch import choose_lora
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,8 +9,8 @@ import numpy as np
 
 from ._arrays import INT64, Array
 from ._jit import DeviceFacts, Launch
+from ._lora_choice import choose_halves, chunk_of
 from ._lora_plan import _MAX_GRID_YZ, Defines, _half_defines, _half_kernel, _row_stride
-from .dispatch import choose_halves, chunk_of
 
 SHRINK: Final = 1
 EXPAND: Final = 2
